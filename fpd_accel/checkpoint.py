@@ -1,0 +1,152 @@
+"""A checkpoint is a directory that explains itself, written whole or not at all.
+
+``step_00001000/`` holds safetensors, ``state.json`` and ``MANIFEST.json`` with the size and SHA-256 of each file. It is
+written under a temporary name, flushed to the disk and renamed. Resuming takes the newest directory whose every byte is
+as the manifest says. There is no pickle in it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from fpd_accel.errors import CheckpointError
+from fpd_accel.log import warn
+
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
+
+def write_checkpoint(
+    directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Write ``<directory>/step_N``, one safetensors file per entry of ``tensors``; then remove all but ``keep``.
+
+    ``latest`` names the newest, for people and scripts; resuming does not rely on it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step_{step:08d}"
+    staging = directory / f".{final.name}.writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    for name, group in tensors.items():
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}
+        save_file(contiguous, staging / f"{name}.safetensors")
+    (staging / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staging.iterdir())}
+    (staging / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    for path in (*staging.iterdir(), staging):
+        _flush(path)
+    if final.exists():  # a damaged one of the same step, which resuming passed over
+        shutil.rmtree(final)
+    staging.rename(final)
+    _flush(directory)
+    pointer = directory / ".latest"
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    pointer.replace(directory / "latest")
+    for old in checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted(path for path in directory.glob("step_*") if path.is_dir())
+
+
+def problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint must not be loaded; None if every file is there with the size and SHA-256 of the manifest."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{name} does not have the SHA-256 of the manifest"
+        if STATE not in files:
+            return f"{MANIFEST} does not list {STATE}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def newest_whole(directory: Path) -> Path | None:
+    """The newest checkpoint that verifies, with a warning for each newer one passed over; None if there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not one of them is whole.
+    """
+    found = checkpoints(directory)
+    for checkpoint in reversed(found):
+        reason = problem(checkpoint)
+        if reason is None:
+            return checkpoint
+        warn(f"{checkpoint}: passed over: {reason}")
+    if found:
+        raise CheckpointError(
+            f"{directory}: none of the {len(found)} checkpoints is whole; remove them to start afresh"
+        )
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole.
+    """
+    reason = problem(checkpoint) if checkpoint.is_dir() else "there is no such directory"
+    if reason is not None:
+        raise CheckpointError(f"{checkpoint}: cannot be resumed: {reason}")
+    return json.loads((checkpoint / STATE).read_bytes())
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter name>::<entry>``; hyperparameters are the recipe's and are not stored."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)["state"]  # type: ignore[assignment]
+    return {f"{name}::{key}": value for name, entries in state.items() for key, value in entries.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Put saved tensors back into an optimizer of the same model."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+    parameters = dict(model.named_parameters())
+    state: dict[str, Any] = {}
+    for flat, tensor in load_file(path).items():
+        name, _, key = flat.rpartition("::")
+        if tensor.shape == parameters[name].shape:  # fused kernels want the memory format of the parameter
+            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(name, {})[key] = tensor
+    set_optimizer_state_dict(model, optimizer, {**whole, "state": state}, options=options)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

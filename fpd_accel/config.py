@@ -1,0 +1,423 @@
+"""The recipe: every knob of a run, typed, with its unit, checked before torch is imported.
+
+A recipe is a YAML file. :func:`load_recipe` reads it, applies ``key.path=value`` overrides, and either returns a frozen
+:class:`Recipe` or raises one :class:`ConfigError` that lists every mistake with its dotted path. All paths in a recipe
+are relative to the working directory, as those typed in a shell are.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from fpd_accel.errors import ConfigError
+
+ARCHITECTURES = (
+    *(f"hrnet_w{width}" for width in (18, 32, 40, 48)),
+    *(f"pose_resnet_{depth}" for depth in (18, 34, 50, 101, 152)),
+    *(f"tiny_w{width}" for width in (8, 16, 32, 48)),
+)  # and hourglass_{stacks}x{features}
+HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Run(Section):
+    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # the run directory is <root>/<name>
+    root: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # initial weights, sample order and augmentation
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class Augment(Section):
+    """Random geometry, drawn as the published implementation draws it (see ``augment.py``)."""
+
+    flip: Fraction = 0.5  # probability of mirroring
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.35  # s.d. of the factor on the box size, clipped at one s.d.
+    rotation: Annotated[float, Field(ge=0, le=180)] = 45.0  # degrees; s.d. of the angle, clipped at two s.d.
+    rotation_probability: Fraction = 0.6
+    half_body: Fraction = 0.3  # probability of framing the upper or the lower body alone
+    half_body_minimum: Positive = 8  # only people with more visible keypoints than this
+    upper_body: Fraction = 0.6915  # P(N(0, 1) < 0.5), what the published code's normal draw amounts to
+
+
+class Synthetic(Section):
+    """Draw people when ``data.train`` and ``data.valid`` do not exist yet."""
+
+    train_images: Positive = 1500
+    valid_images: Positive = 200
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Data(Section):
+    train: str  # shards written by `fpd-accel prepare`
+    valid: str | None = None  # shards of the held-out people; None: never evaluate
+    synthetic: Synthetic | None = None
+    input_size: tuple[Positive, Positive] = (256, 192)  # (height, width) of a crop, pixels
+    box_padding: Annotated[float, Field(ge=1)] = 1.25  # factor on the person's box
+    workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
+    augment: Augment = Augment()
+
+
+class Codec(Section):
+    sigma: Annotated[float, Field(gt=0)] = 2.0  # heatmap cells (one cell is 4 input pixels)
+
+
+class Student(Section):
+    arch: str
+    weights: str | None = None  # start from a finished student: model folder, .safetensors or .pth; strict
+    color: Literal["rgb", "bgr"] = "rgb"  # channel order that it takes
+
+
+class TeacherModel(Section):
+    weights: str | None = None  # model folder, or .safetensors / .pth together with `arch`
+    arch: str | None = None  # only for a bare weights file; a model folder knows its own
+    color: Literal["rgb", "bgr"] = "rgb"  # likewise: channel order that it takes
+    recipe: str | None = None  # trained first, with distill.mode=normal, when the weights do not exist yet
+    overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
+    compile: bool = False  # torch.compile; pays off on a GPU
+
+
+class Distill(Section):
+    mode: Literal["fpd", "normal"] = "fpd"  # fpd: teacher and labels; normal: labels alone, by the same loop
+    alpha: Fraction = 0.5  # weight of the teacher's term; 1 - alpha of the labels' term
+    alpha_final: Fraction | None = None  # where the schedule ends; None: alpha throughout
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    mask: Literal["visible"] = "visible"  # which keypoints the teacher's term counts: the labelled ones
+
+
+class Train(Section):
+    steps: Positive | None = None  # optimizer steps; or:
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the training people
+    global_batch: Positive  # people per optimizer step, over all ranks
+    device_batch: Positive | None = None  # people per forward on one rank; None: global_batch / ranks
+    precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; losses are always fp32
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient; None: no clipping
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; None: no moving average of the weights
+    freeze_norm: bool = False  # keep the running statistics of normalisation layers, and use them
+    channels_last: bool = True  # memory format of images and convolutions
+
+
+class Optim(Section):
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # adam, adamw
+    momentum: Fraction = 0.9  # sgd
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    milestones: tuple[Annotated[float, Field(gt=0)], ...] = ()  # epochs at which lr is multiplied by gamma
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    final_lr: Annotated[float, Field(ge=0)] = 0.0  # cosine ends here
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # lr rises linearly from lr / warmup_steps
+
+
+class Evaluate(Section):
+    every_epochs: Annotated[float, Field(gt=0)] | None = 1.0  # None: only at the end
+    batch: Positive = 32  # people per forward on one rank
+    flip_test: bool = True  # average with the mirrored image's heatmaps
+    flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does
+    nms_threshold: Fraction = 0.9  # OKS above which the lower-scored of two people is dropped
+    keypoint_threshold: Fraction = 0.2  # heatmap score above which a keypoint counts in a person's score
+    teacher: bool = True  # evaluate the teacher too, once, for the table at the end
+
+
+class Log(Section):
+    every_steps: Positive = 20  # values stay on the device in between
+    pictures_every_steps: Positive | None = 500  # None: no pictures
+    tensorboard: bool = True
+
+
+class Checkpoint(Section):
+    every_steps: Positive = 500
+    keep: Positive = 2  # newest checkpoints on disk
+
+
+class Recipe(Section):
+    """Everything that defines a run. A resolved recipe, with every default written out, is a recipe too."""
+
+    run: Run
+    data: Data
+    codec: Codec = Codec()
+    student: Student
+    teacher: TeacherModel = TeacherModel()
+    distill: Distill = Distill()
+    train: Train
+    optim: Optim = Optim()
+    evaluate: Evaluate = Evaluate()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def heatmap_size(self) -> tuple[int, int]:
+        """(height, width) of the heatmaps: every architecture has stride 4."""
+        return self.data.input_size[0] // 4, self.data.input_size[1] // 4
+
+
+# Stand-ins for what has no default, so that the rest of a recipe without them can be checked.
+REQUIRED = (("run", "name", "a"), ("data", "train", "a"), ("student", "arch", "tiny_w8"), ("train", "global_batch", 1))
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
+    """Read a recipe, apply overrides such as ``"train.steps=10"``, and check all of it.
+
+    ``check_files=False`` leaves out whether the files that the recipe names exist.
+
+    Raises:
+        ConfigError: lists every mistake at once, each with its dotted path.
+    """
+    values, mistakes = _read_yaml(Path(path)), []
+    for override in overrides:
+        mistakes += _apply_override(values, override)
+    recipe, wrong = _validate(values)
+    mistakes += wrong
+    if recipe is not None:
+        # Where a value fell back to its default, what follows from that default is no mistake of the user's.
+        wrong_sections = {re.split(r"[.:]", mistake)[0] for mistake in wrong}
+        follow_ups = _contradictions(recipe) + (_missing_files(recipe) if check_files else [])
+        mistakes += [mistake for mistake in follow_ups if re.split(r"[.:]", mistake)[0] not in wrong_sections]
+    if mistakes or recipe is None:
+        raise ConfigError("\n".join([f"{path}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)]))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every field, defaults included. Reading it gives an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def teacher_recipe(recipe: Recipe, *, check_files: bool = True) -> Recipe:
+    """The recipe that ``teacher.recipe`` names, as it is run: with its overrides and ``distill.mode=normal``."""
+    if recipe.teacher.recipe is None:
+        raise ConfigError("teacher.recipe: not set, so there is no way to train the teacher")
+    overrides = [*recipe.teacher.overrides, "distill.mode=normal"]
+    return load_recipe(recipe.teacher.recipe, overrides, check_files=check_files)
+
+
+def teacher_weights(recipe: Recipe) -> Path:
+    """Where the teacher's weights are, or will be once ``teacher.recipe`` has run: its ``best/`` model folder."""
+    if recipe.teacher.weights is not None:
+        return Path(recipe.teacher.weights)
+    return teacher_recipe(recipe, check_files=False).run.directory / "best"
+
+
+def accumulation_steps(recipe: Recipe, ranks: int) -> tuple[int, int]:
+    """People per forward on one rank, and forwards per optimizer step, that make up ``train.global_batch``.
+
+    Raises:
+        ConfigError: the global batch does not divide; the message gives the nearest global batches that do.
+    """
+    total, per_device = recipe.train.global_batch, recipe.train.device_batch
+    unit = ranks * (per_device or 1)
+    if total % unit:
+        lower, upper = total // unit * unit, (total // unit + 1) * unit
+        choices = f"{lower} or {upper}" if lower else str(upper)
+        product = f"{ranks} ranks" if per_device is None else f"{ranks} ranks x {per_device} people per device"
+        raise ConfigError(
+            f"train.global_batch: {total} does not divide by {product}; use {choices}, or change train.device_batch"
+        )
+    per_device = per_device or total // ranks
+    return per_device, total // (ranks * per_device)
+
+
+def total_steps(recipe: Recipe, people: int) -> int:
+    """Optimizer steps of a run over this many training people."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, round((recipe.train.epochs or 0) * people / recipe.train.global_batch))
+
+
+# Fields that leave the trained weights alone: they may change when a run is resumed. Data, teacher and initial weights
+# are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
+FREE_ON_RESUME = (
+    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "student.weights", "teacher",
+    "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+)  # fmt: skip
+
+
+def differences(old: Recipe, new: Recipe) -> tuple[list[str], list[str]]:
+    """Fields that differ, as ``path: old -> new``: those that alter the result, and those that do not."""
+    before, after = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    altering: list[str] = []
+    harmless: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            free = any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)
+            (harmless if free else altering).append(f"{key}: {before.get(key)} -> {after.get(key)}")
+    return altering, harmless
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise ConfigError(f"{path}: no such recipe" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)})")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> list[str]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return [f"{override}: an override is key.path=value"]
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        if not isinstance(values[parent], dict):
+            return [f"{key}: {parent!r} is a value, not a section"]
+        values = values[parent]
+    try:
+        values[last] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date, and is none
+        return [f"{key}: {text!r} is not a YAML value"]
+    return []
+
+
+def _validate(values: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe, or what could be saved of it by leaving out the wrong values, and every mistake of type or name."""
+    try:
+        return Recipe.model_validate(values), []
+    except ValidationError as error:
+        details = error.errors()
+    mistakes = [_explain(detail) for detail in details]
+    for detail in details:
+        _remove(values, detail["loc"])
+    for section, key, value in REQUIRED:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values[section].setdefault(key, value)
+    try:
+        return Recipe.model_validate(values), mistakes
+    except ValidationError:
+        return None, mistakes
+
+
+def _remove(values: Any, location: tuple[int | str, ...]) -> None:
+    for key in location[:-1]:
+        if not isinstance(values, dict) or not isinstance(values.get(key), dict):
+            break
+        values, location = values[key], location[1:]
+    if isinstance(values, dict):
+        values.pop(location[0], None)
+
+
+def _explain(detail: ErrorDetails) -> str:
+    location, value = detail["loc"], detail["input"]
+    path = ".".join(map(str, location))
+    match detail["type"]:
+        case "extra_forbidden":
+            names = _names_at(location[:-1])
+            return f"{path}: unknown key; {_did_you_mean(str(location[-1]), names)}"
+        case "missing":
+            return f"{path}: missing; it has no default"
+        case "literal_error":
+            choices = [choice.strip("'") for choice in re.split(r", | or ", detail["ctx"]["expected"])]
+            return f"{path}: {value!r} is not a choice; {_did_you_mean(str(value), choices)}"
+        case "model_type" | "model_attributes_type":
+            return f"{path}: {value!r} is not a section with keys {', '.join(_names_at(location))}"
+        case _:
+            text = detail["msg"].replace("Input should", "should").replace("String should", "should")
+            return f"{path}: {value!r} {text}"
+
+
+def _names_at(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for key in location:
+        annotation = model.model_fields[str(key)].annotation
+        inner = [annotation, *getattr(annotation, "__args__", ())]  # unpacks `Section | None`
+        model = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+def _did_you_mean(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"{meant}choices: {', '.join(choices)}"
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What is wrong between fields that are each right."""
+    mistakes = []
+    train, optim, distill, teacher = recipe.train, recipe.optim, recipe.distill, recipe.teacher
+    for path, arch in (("student.arch", recipe.student.arch), ("teacher.arch", teacher.arch)):
+        if arch is not None and arch not in ARCHITECTURES and not HOURGLASS.fullmatch(arch):
+            choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}")
+            mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch, choices)}")
+    if (train.steps is None) == (train.epochs is None):
+        mistakes.append("train.steps, train.epochs: give exactly one of the two")
+    if train.device_batch is not None and train.global_batch % train.device_batch:
+        mistakes.append(
+            f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
+        )
+    if any(side % 4 for side in recipe.data.input_size):
+        mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
+    if optim.schedule == "step" and not optim.milestones:
+        mistakes.append("optim.milestones: schedule 'step' needs them (epochs); or use optim.schedule=constant")
+    if list(optim.milestones) != sorted(set(optim.milestones)):
+        mistakes.append(f"optim.milestones: {list(optim.milestones)} do not increase")
+    if optim.schedule == "cosine" and optim.final_lr > optim.lr:
+        mistakes.append(f"optim.final_lr: {optim.final_lr} is above optim.lr ({optim.lr})")
+    if train.steps is not None and optim.warmup_steps > train.steps:
+        mistakes.append(f"optim.warmup_steps: {optim.warmup_steps} is more than train.steps ({train.steps})")
+    if (distill.alpha_schedule == "constant") != (distill.alpha_final is None):
+        mistakes.append("distill.alpha_final: goes with alpha_schedule linear or cosine, and they with it")
+    if distill.mode == "fpd" and teacher.weights is None and teacher.recipe is None:
+        mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
+    if teacher.recipe is not None and teacher.weights is not None:
+        mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    return mistakes
+
+
+def _missing_files(recipe: Recipe) -> list[str]:
+    mistakes = []
+    for path, shards in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
+        if shards is not None and recipe.data.synthetic is None and not (Path(shards) / "dataset.json").is_file():
+            mistakes.append(
+                f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
+            )
+    if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
+        mistakes.append(f"student.weights: {recipe.student.weights}: no such file or model folder")
+    teacher = recipe.teacher
+    if recipe.distill.mode != "fpd":
+        return mistakes
+    if teacher.weights is not None and not Path(teacher.weights).exists():
+        mistakes.append(
+            f"teacher.weights: {teacher.weights}: no such file or model folder; 'fpd' needs the teacher to exist"
+        )
+    if teacher.weights is not None and Path(teacher.weights).is_file() and teacher.arch is None:
+        mistakes.append(f"teacher.arch: missing; {teacher.weights} is a bare weights file and does not say what it is")
+    if teacher.recipe is not None:
+        try:
+            first = teacher_recipe(recipe)
+            if first.run.directory == recipe.run.directory:
+                mistakes.append(
+                    f"teacher.recipe: {teacher.recipe}: writes to {first.run.directory} too; change run.name"
+                )
+        except ConfigError as error:
+            mistakes += [f"teacher.recipe: {line.strip()}" for line in str(error).splitlines()]
+    return mistakes

@@ -1,0 +1,51 @@
+"""What the loader hands to the device: uint8 crops and the numbers that belong to them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B people. Targets and normalised images are made from it on the device."""
+
+    crops: UInt8[Tensor, "batch height width 3"]  # RGB
+    keypoints: Float[Tensor, "batch joint 2"]  # (x, y) in crop pixels; anything where not visible
+    visible: Float[Tensor, "batch joint"]  # 1 where labelled, hidden or not
+    centers: Float[Tensor, "batch 2"]  # of the crop's region, image pixels
+    sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
+    rows: Int64[Tensor, " batch"]  # of the people in the shards
+
+    def __len__(self) -> int:
+        return self.crops.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; the copy overlaps with what follows if the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> "Batch":  # type: ignore[no-untyped-def]
+        return dataclasses.replace(self, **{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How a network wants its pixels: scaled to 0..1, minus ``mean``, over ``std``, in this channel order."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, RGB
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    color: Literal["rgb", "bgr"] = "rgb"
+
+    def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+        images = crops.permute(0, 3, 1, 2)
+        if self.color == "bgr":
+            images = images.flip(1)
+        mean = torch.tensor(self.mean, device=crops.device).mul(255).view(3, 1, 1)
+        std = torch.tensor(self.std, device=crops.device).mul(255).view(3, 1, 1)
+        return (images.float() - mean) / std

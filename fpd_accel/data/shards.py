@@ -1,0 +1,217 @@
+"""The dataset on disk: images and people as memory-mapped Arrow, and a JSON that says what they are.
+
+``images/`` has one row per image with its original bytes, never re-encoded; ``people/`` one flat row per person;
+``dataset.json`` the skeleton, the counts and where it came from. Opening costs milliseconds, whatever the size.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import datasets
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import List as Sequence
+
+from fpd_accel.errors import DataError
+from fpd_accel.skeleton import Skeleton
+
+FORMAT = 1
+IMAGE_FEATURES = Features(
+    {"id": Value("int64"), "file_name": Value("string"), "width": Value("int32"), "height": Value("int32")}
+    | {"bytes": Value("binary")}
+)
+
+
+def people_features(num_keypoints: int) -> Features:
+    """Columns of ``people/``; keypoints are flat (x, y, v) triples, v as in COCO (0 unlabelled, 1 hidden, 2 seen)."""
+    return Features(
+        {
+            "id": Value("int64"),
+            "image_id": Value("int64"),
+            "image_row": Value("int64"),
+            "box": Sequence(Value("float32"), length=4),
+            "keypoints": Sequence(Value("float32"), length=3 * num_keypoints),
+            "area": Value("float32"),
+            "crowd": Value("bool"),
+            "score": Value("float32"),
+            "unused": Value("string"),  # why the person is never cropped; empty for those that are
+        }
+    )
+
+
+def decode_image(data: bytes) -> np.ndarray | None:
+    """RGB pixels (height, width, 3), the EXIF orientation ignored as COCO's annotations want; None if undecodable."""
+    if not data:
+        return None
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+
+
+class Shards:
+    """A prepared dataset, opened memory-mapped. Picklable: a worker opens it again.
+
+    Raises:
+        DataError: the folder is not a prepared dataset, or one of another format, or part of it is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        description = self.path / "dataset.json"
+        if not description.is_file():
+            raise DataError(
+                f"{self.path}: not a prepared dataset (no dataset.json); write one with `fpd-accel prepare`"
+            )
+        try:
+            self.description: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+            found = self.description["format"]
+            if found == FORMAT:
+                self.skeleton = Skeleton.model_validate(self.description["skeleton"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{description}: damaged ({error}); write the dataset again with `fpd-accel prepare`"
+            ) from None
+        if found != FORMAT:
+            raise DataError(
+                f"{description}: format {found}, but this version reads {FORMAT}; prepare the dataset again"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("images", "people")}
+
+    @cached_property
+    def images(self) -> Dataset:
+        return self._open("images")
+
+    @cached_property
+    def people(self) -> Dataset:
+        return self._open("people").with_format("numpy")
+
+    def _open(self, name: str) -> Dataset:
+        try:
+            return datasets.load_from_disk(str(self.path / name))
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{self.path / name}: cannot be opened ({error}); prepare the dataset again") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that two shards share if they hold the same people and images."""
+        return str(self.description["sha256"])
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """Rows of ``people`` that can be cropped, in order."""
+        column = self.people.data.column("unused")
+        return np.flatnonzero(np.concatenate([chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks]))
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+
+class ShardWriter:
+    """Writes a dataset into a temporary sibling of ``output``; :meth:`finish` renames it, leaving the block removes it.
+
+    Raises:
+        DataError: ``output`` exists, or no usable person was written.
+    """
+
+    def __init__(self, output: Path, skeleton: Skeleton) -> None:
+        if output.exists():
+            raise DataError(f"{output}: exists; remove it or choose another output")
+        self.output, self.skeleton = output, skeleton
+        self.staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
+        self.image_rows: dict[int, tuple[int, int, int]] = {}  # image id -> row, width, height
+        self.digest = hashlib.sha256(skeleton.model_dump_json().encode())
+        self.counts = {"images": 0, "people": 0, "usable": 0}
+        self.unused: dict[str, int] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        self.staging.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+    def write_images(self, records: Iterator[dict[str, Any]]) -> None:
+        first = next(records, None)
+        if first is None:  # the library refuses to write nothing
+            return
+        records = itertools.chain([first], records)
+
+        def numbered() -> Iterator[dict[str, Any]]:
+            for row, record in enumerate(records):
+                self.image_rows[record["id"]] = (row, record["width"], record["height"])
+                self.digest.update(hashlib.sha256(record["bytes"]).digest())
+                yield record
+
+        self._save("images", numbered(), IMAGE_FEATURES)
+        self.counts["images"] = len(self.image_rows)
+
+    def write_people(self, records: Iterator[dict[str, Any]]) -> None:
+        def counted() -> Iterator[dict[str, Any]]:
+            for record in records:
+                reason = record["unused"]
+                self.counts["people"] += 1
+                self.counts["usable"] += not reason
+                if reason:
+                    self.unused[reason] = self.unused.get(reason, 0) + 1
+                self.digest.update(repr((record["id"], record["box"].tolist(), record["keypoints"].tolist())).encode())
+                yield record
+
+        if self.image_rows:
+            self._save("people", counted(), people_features(self.skeleton.num_keypoints))
+
+    def finish(self, *, source: dict[str, str], skipped: dict[str, int]) -> None:
+        """Write ``dataset.json`` and give the dataset its name."""
+        if not self.counts["usable"]:
+            raise DataError(
+                f"{self.output}: nothing to write: no person that can be used; left out: {skipped | self.unused}"
+            )
+        description = {
+            "format": FORMAT,
+            "counts": self.counts,
+            "skipped": skipped,
+            "unused": self.unused,
+            "source": source,
+            "sha256": self.digest.hexdigest(),
+            "skeleton": self.skeleton.model_dump(mode="json"),
+        }
+        (self.staging / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        self.staging.rename(self.output)
+
+    def _save(self, name: str, records: Iterator[dict[str, Any]], features: Features) -> None:
+        cache = self.staging / "cache"
+        with _quiet_datasets():
+            dataset = Dataset.from_generator(
+                lambda: records,
+                features=features,
+                cache_dir=str(cache),
+                fingerprint=uuid.uuid4().hex,
+                writer_batch_size=64,
+            )
+            dataset.save_to_disk(str(self.staging / name))
+        shutil.rmtree(cache)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """The library's own bars count Arrow shards, which mean nothing to the person waiting."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

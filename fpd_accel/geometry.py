@@ -1,0 +1,64 @@
+"""From a person's box to a crop and back. The coordinate rule of the whole package is written here.
+
+Keypoints and centres are (x, y). Sizes of images, crops and heatmaps are (height, width). A *region* is the part of
+the image that a crop shows: its centre and its (width, height) in image pixels, which have the crop's aspect ratio.
+A 2x3 matrix maps image pixels to crop pixels.
+"""
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64
+
+Matrix = Float64[np.ndarray, "2 3"]
+Point = Float[np.ndarray, "2"]
+
+
+def box_to_region(
+    box: Float[np.ndarray, "*batch 4"], input_size: tuple[int, int], *, padding: float = 1.25
+) -> tuple[Float32[np.ndarray, "*batch 2"], Float32[np.ndarray, "*batch 2"]]:
+    """Centres and (width, height) of the regions to crop around (x, y, width, height) boxes.
+
+    The shorter side grows to the crop's aspect ratio, then both by ``padding`` (as the COCO loader of the published
+    implementation, which takes the middle of the box for the centre).
+    """
+    x, y, width, height = np.moveaxis(np.asarray(box, dtype=np.float32), -1, 0)
+    aspect = input_size[1] / input_size[0]
+    size = np.stack([np.maximum(width, height * aspect), np.maximum(height, width / aspect)], axis=-1)
+    center = np.stack([x + width * 0.5, y + height * 0.5], axis=-1)
+    return center.astype(np.float32), (size * padding).astype(np.float32)
+
+
+def clip_box(box: Float[np.ndarray, "*batch 4"], width: int, height: int) -> Float[np.ndarray, "*batch 4"]:
+    """Boxes cut to the image, in the inclusive pixel convention of the published loader (last pixel = x + w - 1).
+
+    A box that lies outside keeps a width or height of zero or less.
+    """
+    x, y, w, h = np.moveaxis(np.asarray(box, dtype=np.float64), -1, 0)
+    x1, y1 = np.maximum(x, 0), np.maximum(y, 0)
+    x2 = np.minimum(width - 1, x1 + np.maximum(w - 1, 0))
+    y2 = np.minimum(height - 1, y1 + np.maximum(h - 1, 0))
+    return np.stack([x1, y1, x2 - x1, y2 - y1], axis=-1)
+
+
+def crop_matrix(center: Point, width: float, input_size: tuple[int, int], *, rotation: float = 0.0) -> Matrix:
+    """The similarity that puts a region of some ``width`` (image pixels), turned by ``rotation`` degrees, into a crop.
+
+    The region's centre lands on (crop width / 2, crop height / 2): the biased grid of the published implementation,
+    half a pixel off the one in which pixel centres are at integers (Huang et al., CVPR 2020).
+    """
+    height, crop_width = input_size
+    scale, angle = crop_width / width, np.deg2rad(rotation)
+    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
+    linear = np.array([[cosine, sine], [-sine, cosine]])
+    shift = np.array([crop_width / 2, height / 2]) - linear @ np.asarray(center, dtype=np.float64)
+    return np.concatenate([linear, shift[:, None]], axis=1)
+
+
+def mirror_matrix(matrix: Matrix, image_width: int) -> Matrix:
+    """The same crop of the mirrored image (x becomes width - 1 - x), as one matrix on the image as it is."""
+    mirror = np.array([[-1.0, 0.0, image_width - 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    return matrix @ mirror
+
+
+def transform_points(matrix: Matrix, points: Float[np.ndarray, "*batch 2"]) -> Float64[np.ndarray, "*batch 2"]:
+    """Points in image pixels, moved to crop pixels."""
+    return points @ matrix[:, :2].T + matrix[:, 2]

@@ -1,0 +1,239 @@
+"""Measures of poses: object keypoint similarity, non-maximum suppression, PCK, and COCO's average precision.
+
+NumPy only, but for :func:`heatmap_pck`. Keypoints are (x, y), with or without a score; lengths are in pixels, areas in
+square pixels.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Real, Shaped
+
+from fpd_accel.errors import DataError
+from fpd_accel.skeleton import COCO
+
+Sigmas = Sequence[float] | Float[np.ndarray, " joint"]
+AP_NAMES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
+
+
+@dataclass(frozen=True, eq=False)
+class PCK:
+    """Percentages of correct keypoints, 0 to 100."""
+
+    per_joint: Float[np.ndarray, " joint"]  # not-a-number for a joint that no person shows
+    mean: float  # over joints, weighted by how often each is counted; not-a-number if none is
+    counted: Int[np.ndarray, " joint"]  # people who show the joint
+
+
+def oks(
+    keypoints: Real[np.ndarray, "person joint _"],
+    others: Real[np.ndarray, "other joint _"],
+    areas: Real[np.ndarray, " person"],
+    other_areas: Real[np.ndarray, " other"],
+    sigmas: Sigmas = COCO.sigmas,
+) -> Float[np.ndarray, "person other"]:
+    """Object keypoint similarity of every pose with every other, 0 to 1; the scale is the mean of the two areas.
+
+    The measure of cocodataset.org/#keypoints-eval, over all joints whatever their scores.
+
+    Raises:
+        ValueError: there is not one sigma per joint.
+    """
+    joints = keypoints.shape[1]
+    if len(sigmas) != joints:
+        raise ValueError(f"{len(sigmas)} sigmas for {joints} joints")
+    offset = keypoints[:, None, :, :2].astype(np.float64) - others[None, :, :, :2]
+    variance = np.square(2 * np.asarray(sigmas, dtype=np.float64))
+    area = (areas[:, None].astype(np.float64) + other_areas[None]) / 2 + np.spacing(1.0)
+    exponent = np.square(offset).sum(axis=-1) / variance / area[..., None] / 2
+    return np.exp(-exponent).mean(axis=-1)
+
+
+def oks_nms(
+    keypoints: Real[np.ndarray, "person joint _"],
+    scores: Real[np.ndarray, " person"],
+    areas: Real[np.ndarray, " person"],
+    threshold: float,
+    sigmas: Sigmas = COCO.sigmas,
+) -> Int[np.ndarray, " kept"]:
+    """Indices of the poses of one image to keep, best score first.
+
+    Greedy: a pose is dropped if its similarity to a better one that is kept exceeds ``threshold`` (Papandreou et al.,
+    CVPR 2017). Of equal scores the first wins.
+    """
+    remaining = np.argsort(-scores, kind="stable")
+    kept: list[int] = []
+    while remaining.size:
+        best, remaining = remaining[0], remaining[1:]
+        kept.append(int(best))
+        overlap = oks(keypoints[[best]], keypoints[remaining], areas[[best]], areas[remaining], sigmas)[0]
+        remaining = remaining[overlap <= threshold]
+    return np.asarray(kept, dtype=np.int64)
+
+
+def soft_oks_nms(
+    keypoints: Real[np.ndarray, "person joint _"],
+    scores: Real[np.ndarray, " person"],
+    areas: Real[np.ndarray, " person"],
+    threshold: float,
+    sigmas: Sigmas = COCO.sigmas,
+    *,
+    limit: int = 20,
+) -> Int[np.ndarray, " kept"]:
+    """Indices of at most ``limit`` poses of one image, in the order of their decayed scores.
+
+    Each pose taken multiplies the scores of those left by ``exp(-oks² / threshold)`` (Bodla et al., Soft-NMS, ICCV
+    2017, with similarity in place of overlap). Of equal scores the first wins.
+    """
+    decayed = scores.astype(np.float64)
+    remaining = np.arange(len(scores))
+    kept: list[int] = []
+    while remaining.size and len(kept) < limit:
+        place = int(np.argmax(decayed[remaining]))
+        best, remaining = remaining[place], np.delete(remaining, place)
+        kept.append(int(best))
+        overlap = oks(keypoints[[best]], keypoints[remaining], areas[[best]], areas[remaining], sigmas)[0]
+        decayed[remaining] *= np.exp(-np.square(overlap) / threshold)
+    return np.asarray(kept, dtype=np.int64)
+
+
+def rescore(
+    keypoint_scores: Real[np.ndarray, "person joint"], box_scores: Real[np.ndarray, " person"], threshold: float = 0.2
+) -> Float[np.ndarray, " person"]:
+    """Scores of poses: the mean of the keypoint scores above ``threshold`` (0 if none is) times the box's score."""
+    confident = keypoint_scores > threshold
+    total = np.where(confident, keypoint_scores, 0.0).sum(axis=1, dtype=np.float64)
+    return total / np.maximum(confident.sum(axis=1), 1) * box_scores
+
+
+def heatmap_pck(
+    predicted: Float[Any, "batch joint height width"],
+    target: Float[Any, "batch joint height width"],
+    reference_norm: bool = True,
+) -> float:
+    """:func:`fpd_accel.decode.heatmap_accuracy` of arrays or tensors, as a number in [0, 1]."""
+    import torch  # here alone: the rest of this module needs NumPy only
+
+    from fpd_accel.decode import heatmap_accuracy
+
+    pair = [maps if isinstance(maps, torch.Tensor) else torch.tensor(maps) for maps in (predicted, target)]
+    return float(heatmap_accuracy(*pair, reference_norm=reference_norm))
+
+
+def pck(
+    predicted: Real[np.ndarray, "person joint _"],
+    truth: Real[np.ndarray, "person joint _"],
+    lengths: Real[np.ndarray, " person"],
+    visible: Shaped[np.ndarray, "person joint"],
+    threshold: float,
+    *,
+    excluded: Sequence[int] = (),
+) -> PCK:
+    """Percentage of visible keypoints within ``threshold * length`` of the truth (Yang and Ramanan, TPAMI 2013).
+
+    ``lengths`` normalises each person; people whose length is not a positive number are left out. Joints ``excluded``
+    have their own percentage but no part in the mean.
+    """
+    usable = np.isfinite(lengths) & (lengths > 0)
+    shown = (visible > 0) & usable[:, None]
+    scale = np.where(usable, lengths, 1.0)[:, None]
+    distance = np.linalg.norm(predicted[..., :2].astype(np.float64) - truth[..., :2], axis=-1) / scale
+    counted = shown.sum(axis=0)
+    correct = (shown & (distance <= threshold)).sum(axis=0)
+    per_joint = np.full(counted.shape, np.nan)
+    np.divide(100.0 * correct, counted, out=per_joint, where=counted > 0)
+    included = np.setdiff1d(np.arange(len(counted)), excluded)
+    total = int(counted[included].sum())
+    mean = 100.0 * float(correct[included].sum()) / total if total else float("nan")
+    return PCK(per_joint=per_joint, mean=mean, counted=counted)
+
+
+def pckh(
+    predicted: Real[np.ndarray, "person joint _"],
+    truth: Real[np.ndarray, "person joint _"],
+    head_sizes: Real[np.ndarray, " person"],
+    visible: Shaped[np.ndarray, "person joint"],
+    threshold: float = 0.5,
+    *,
+    excluded: Sequence[int] | None = None,
+) -> PCK:
+    """PCK normalised by the length of the head segment (Andriluka et al., MPII Human Pose, CVPR 2014).
+
+    ``head_sizes`` are diagonals of the head boxes, in pixels, already times MPII's factor of 0.6. By default pelvis
+    and thorax (6 and 7) of the 16 joints of MPII have no part in the mean; with other joint counts all have.
+    """
+    if excluded is None:
+        excluded = (6, 7) if predicted.shape[1] == 16 else ()
+    return pck(predicted, truth, head_sizes, visible, threshold, excluded=excluded)
+
+
+def average_precision(
+    ground_truth: dict[str, Any], results: list[dict[str, Any]], sigmas: Sigmas = COCO.sigmas
+) -> dict[str, float]:
+    """COCO's ten keypoint measures, 0 to 1, by name; -1 where the ground truth holds nobody of that size.
+
+    ``ground_truth`` is a COCO dataset; ``results`` are dicts with ``image_id``, ``category_id``, ``keypoints`` (x, y,
+    score of each joint, flat) and ``score``; other entries, like a box or an area, have no influence. All measures
+    are 0 without results. Neither argument is changed, and nothing is printed.
+
+    Raises:
+        DataError: a result names an unknown image, lacks an entry, or has another number of joints than ``sigmas``; or
+            an annotation has, or has neither area nor box.
+    """
+    if not results:
+        return dict.fromkeys(AP_NAMES, 0.0)
+    from pycocotools.coco import COCO as Dataset  # noqa: N811  (COCO is the skeleton here)
+    from pycocotools.cocoeval import COCOeval
+
+    annotations = _evaluation_annotations(ground_truth.get("annotations", ()), len(sigmas))
+    detections = _evaluation_results(results, {image["id"] for image in ground_truth["images"]}, len(sigmas))
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = Dataset()
+        truth.dataset = {**ground_truth, "annotations": annotations}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), "keypoints")
+        evaluation.params.kpt_oks_sigmas = np.asarray(sigmas, dtype=np.float64)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(AP_NAMES, map(float, evaluation.stats), strict=True))
+
+
+def _evaluation_annotations(annotations: Iterable[dict[str, Any]], joints: int) -> list[dict[str, Any]]:
+    """Copies that pycocotools may write to, with what it insists on and custom datasets often leave out.
+
+    Numbered from 1: pycocotools takes a match with annotation 0 for no match.
+    """
+    copies = []
+    for number, annotation in enumerate(annotations, start=1):
+        name, keypoints = f"annotation {annotation.get('id')}", annotation.get("keypoints", [])
+        if len(keypoints) not in (0, 3 * joints):
+            raise DataError(f"{name}: {len(keypoints)} keypoint values, not 3 for each of {joints} joints")
+        if "area" not in annotation and "bbox" not in annotation:
+            raise DataError(f"{name}: neither area nor bbox, so that distances have no scale")
+        box = annotation.get("bbox", (0.0, 0.0, 0.0, 0.0))
+        shown = int(np.count_nonzero(keypoints[2::3]))
+        defaults = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0, "num_keypoints": shown}
+        copies.append({**defaults, **annotation, "id": number})
+    return copies
+
+
+def _evaluation_results(results: Iterable[dict[str, Any]], images: set[Any], joints: int) -> list[dict[str, Any]]:
+    """Copies of results with only the entries by which pycocotools recognises keypoints and derives their area."""
+    names = ("image_id", "category_id", "keypoints", "score")
+    copies = []
+    for number, result in enumerate(results):
+        missing = [name for name in names if name not in result]
+        if missing:
+            raise DataError(f"result {number}: {', '.join(missing)} missing")
+        if result["image_id"] not in images:
+            raise DataError(f"result {number}: image_id {result['image_id']!r} is not an image of the ground truth")
+        keypoints = [float(value) for value in result["keypoints"]]
+        if len(keypoints) != 3 * joints:
+            raise DataError(f"result {number}: {len(keypoints)} keypoint values, not 3 for each of {joints} joints")
+        copies.append({**{name: result[name] for name in names}, "keypoints": keypoints})
+    return copies

@@ -1,0 +1,39 @@
+"""What every pose network of the package has in common."""
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fpd_accel.errors import ModelError
+
+
+class PoseModel(nn.Module):
+    """A network from normalised images to one heatmap per keypoint at a quarter of the input size.
+
+    `forward` returns a tuple with the heatmaps of every stage, the last being the prediction, even where there is
+    one stage only; so losses and decoders need no second case.
+    """
+
+    stride: ClassVar[int] = 4
+    """Input pixels per heatmap pixel."""
+    input_multiple: ClassVar[int]
+    """Height and width of the input must be multiples of this."""
+    num_keypoints: int
+
+    def __init__(self, num_keypoints: int) -> None:
+        """Raises ModelError unless there is a keypoint to predict."""
+        super().__init__()
+        if num_keypoints < 1:
+            raise ModelError(f"num_keypoints must be at least 1, not {num_keypoints}")
+        self.num_keypoints = num_keypoints
+
+    def check_input(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+        """Raise ModelError unless the size fits the downsampling. Host integers only: nothing waits for the device."""
+        height, width = images.shape[-2:]
+        multiple = self.input_multiple
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            raise ModelError(
+                f"{type(self).__name__} takes images whose height and width are multiples of {multiple}, "
+                f"not {height} x {width} (height x width)"
+            )

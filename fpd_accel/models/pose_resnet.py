@@ -1,0 +1,62 @@
+"""PoseResNet: torchvision's ResNet, three transposed convolutions and a 1x1 head.
+
+Simple Baselines for Human Pose Estimation and Tracking (Xiao, Wu, Wei, ECCV 2018), section 2; parameter names equal
+those of the published `pose_resnet_50`, `_101` and `_152`. The backbone takes stride 32, the deconvolutions bring it
+back to 4.
+"""
+
+from typing import ClassVar
+
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fpd_accel.models.base import PoseModel
+
+DECONV_LAYERS = 3
+DECONV_CHANNELS = 256
+
+
+def deconvolutions(inputs: int) -> nn.Sequential:
+    """Return three bias-free transposed 4x4 convolutions, each of which doubles the size, normalised, with ReLU."""
+    layers: list[nn.Module] = []
+    for channels in [inputs] + [DECONV_CHANNELS] * (DECONV_LAYERS - 1):
+        layers += [
+            nn.ConvTranspose2d(channels, DECONV_CHANNELS, kernel_size=4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(DECONV_CHANNELS),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class PoseResNet(PoseModel):
+    """ResNet of `depth` 18, 34, 50, 101 or 152 layers with a deconvolution head; one output.
+
+    The backbone's stages are attributes of the model itself, so that the names carry no prefix and ImageNet weights
+    of torchvision's ResNet fit but for their `fc`. It keeps torchvision's initialisation.
+    """
+
+    input_multiple: ClassVar[int] = 32
+
+    def __init__(self, num_keypoints: int, *, depth: int) -> None:
+        super().__init__(num_keypoints)
+        backbone = torchvision.models.get_model(f"resnet{depth}", weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool
+        self.layer1, self.layer2, self.layer3 = backbone.layer1, backbone.layer2, backbone.layer3
+        self.layer4 = backbone.layer4
+        self.deconv_layers = deconvolutions(backbone.fc.in_features)
+        self.final_layer = nn.Conv2d(DECONV_CHANNELS, num_keypoints, kernel_size=1)
+        for module in [*self.deconv_layers, self.final_layer]:
+            if isinstance(module, nn.ConvTranspose2d | nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.001)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+        """Return the heatmaps at a quarter of the input size; raises ModelError unless 32 divides that."""
+        self.check_input(images)
+        feature = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        feature = self.layer4(self.layer3(self.layer2(self.layer1(feature))))
+        return (self.final_layer(self.deconv_layers(feature)),)

@@ -1,0 +1,96 @@
+"""Images and boxes -> keypoints, with a model folder."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from fpd_accel.data.shards import decode_image
+from fpd_accel.decode import decode_heatmaps, fuse_flip
+from fpd_accel.errors import DataError
+from fpd_accel.geometry import box_to_region, crop_matrix
+from fpd_accel.model_folder import load_model, read_model_config
+from fpd_accel.visualize import draw_skeleton
+
+
+@dataclass(frozen=True)
+class Poses:
+    """N people of one image."""
+
+    keypoints: Float[np.ndarray, "person joint 2"]  # image pixels
+    scores: Float[np.ndarray, "person joint"]
+
+
+class Predictor:
+    """The network of a model folder, ready for images.
+
+    Raises:
+        WeightsError: ``folder`` is not a model folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu", flip_test: bool = True) -> None:
+        self.config = read_model_config(folder)
+        try:
+            self.model = load_model(folder).to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise DataError(f"device {device!r} cannot be used: {error}") from None
+        self.device, self.flip_test = torch.device(device), flip_test
+
+    @torch.inference_mode()
+    def __call__(self, image: UInt8[np.ndarray, "height width 3"], boxes: Float[np.ndarray, "person 4"]) -> Poses:
+        """Keypoints of the person in each (x, y, width, height) box of an RGB image.
+
+        Raises:
+            DataError: a box has no area.
+        """
+        skeleton, (height, width) = self.config.skeleton, self.config.input_size
+        boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+        if not len(boxes):
+            return Poses(np.zeros((0, skeleton.num_keypoints, 2)), np.zeros((0, skeleton.num_keypoints)))
+        if not np.isfinite(boxes).all() or (boxes[:, 2:] <= 0).any():
+            raise DataError(f"boxes are (x, y, width, height) with positive width and height, not {boxes.tolist()}")
+        centers, sizes = box_to_region(boxes, self.config.input_size, padding=self.config.box_padding)
+        crops = [
+            cv2.warpAffine(image, crop_matrix(center, float(size[0]), self.config.input_size), (width, height))
+            for center, size in zip(centers, sizes, strict=True)
+        ]
+        images = self.config.normalization(torch.from_numpy(np.stack(crops)).to(self.device))
+        heatmaps = self.model(images)[-1]
+        if self.flip_test:
+            heatmaps = fuse_flip(heatmaps, self.model(images.flip(-1))[-1], skeleton.flip_index)
+        places = (torch.from_numpy(centers).to(self.device), torch.from_numpy(sizes).to(self.device))
+        keypoints, scores = decode_heatmaps(heatmaps, *places)
+        return Poses(keypoints.cpu().numpy(), scores.cpu().numpy())
+
+    def draw(
+        self, image: UInt8[np.ndarray, "height width 3"], poses: Poses, *, threshold: float = 0.2
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """The image with the keypoints whose score is above ``threshold``."""
+        for keypoints, scores in zip(poses.keypoints, poses.scores, strict=True):
+            image = draw_skeleton(image, keypoints, scores > threshold, self.config.skeleton)
+        return image
+
+
+def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 3"]:
+    """RGB pixels of an image file, its EXIF orientation ignored.
+
+    Raises:
+        DataError: there is no such file, or it is no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such image")
+    pixels = decode_image(path.read_bytes())
+    if pixels is None:
+        raise DataError(f"{path}: not an image that can be decoded")
+    return pixels
+
+
+def whole_image(image: UInt8[np.ndarray, "height width 3"]) -> Sequence[float]:
+    """The box of an image that shows one person."""
+    return [0.0, 0.0, float(image.shape[1]), float(image.shape[0])]

@@ -1,0 +1,243 @@
+"""From a recipe to a finished run: data, teacher, student, and the table at the end. What is missing is made."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+
+from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
+from fpd_accel.data.batch import Normalization
+from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.synthetic import draw_dataset
+from fpd_accel.errors import ConfigError, TrainingError
+from fpd_accel.evaluation import evaluate
+from fpd_accel.log import say
+from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
+from fpd_accel.models import create_model
+from fpd_accel.report import Score, describe_model, show_scores
+from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
+from fpd_accel.teacher import Teacher
+from fpd_accel.trainer import Trainer
+from fpd_accel.weights import WEIGHTS_NAME, load_weights
+
+
+def create_accelerator(precision: str) -> Accelerator:
+    """The one place that builds the Accelerator. The launcher says where to run, the recipe in which precision.
+
+    Raises:
+        TrainingError: the processes are not what the launcher promised, or an environment variable would overrule the
+            recipe.
+    """
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != promised:
+        raise TrainingError(
+            f"{promised} processes were started, but each trains alone; without a GPU tell Accelerate so: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N recipes/distill.py --config RECIPE.yaml"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise TrainingError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; accumulation follows from train.global_batch and "
+            "train.device_batch, so unset it"
+        )
+    return accelerator
+
+
+def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None = None) -> list[Score]:
+    """Do what a recipe says; return the rows of the table at the end: the teacher, where there is one, and the student.
+
+    Args:
+        resume: ``auto`` continues a run that has begun; ``none`` refuses one that has; or a checkpoint's directory.
+
+    Raises:
+        UserError: anything outside the program that is wrong; the message says what to do.
+    """
+    accelerator = accelerator or create_accelerator(recipe.train.precision)
+    _draw_missing_data(recipe, accelerator)
+    if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
+        _train_missing_teacher(recipe, accelerator)
+    set_seed(recipe.run.seed)
+    train, valid = _open_data(recipe)
+    student = create_model(recipe.student.arch, train.skeleton.num_keypoints)
+    if recipe.student.weights is not None:
+        load_weights(student, recipe.student.weights)
+    taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
+    origin = provenance(recipe, data=train.fingerprint, teacher=taught[1].state_dict() if taught else None)
+    checkpoint = find_checkpoint(recipe, resume)
+    state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_recipe(recipe)
+        if taught is not None and not (recipe.run.directory / "teacher" / WEIGHTS_NAME).is_file():
+            save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
+    teacher = _freeze(taught, recipe, accelerator) if taught else None
+    trainer = Trainer(
+        recipe, accelerator, student=student, teacher=teacher, train=train, valid=valid, provenance=origin
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint, state)
+        say(f"resuming {recipe.run.directory} from {checkpoint.name}: step {trainer.step} of {trainer.total_steps}")
+    _announce(trainer, taught[0] if taught else None)
+    best = trainer.fit()
+    scores = []
+    if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
+        scores.append(Score("teacher", taught[0], _evaluate_teacher(recipe, teacher, valid, accelerator)))
+    scores.append(Score("student", trainer.model_config, best))
+    accelerator.free_memory()
+    if accelerator.is_main_process and valid is not None:
+        show_scores(f"{recipe.run.name} ({recipe.distill.mode}), {len(valid)} held-out people of {valid.path}", scores)
+    return scores
+
+
+def _draw_missing_data(recipe: Recipe, accelerator: Accelerator) -> None:
+    synthetic = recipe.data.synthetic
+    if synthetic is None:
+        return
+    wanted = [(recipe.data.train, synthetic.train_images, 2 * synthetic.seed)]
+    if recipe.data.valid is not None:
+        wanted.append((recipe.data.valid, synthetic.valid_images, 2 * synthetic.seed + 1))
+    with accelerator.main_process_first():
+        for path, images, seed in wanted:
+            if not (Path(path) / "dataset.json").is_file():
+                _draw_and_prepare(Path(path), images=images, seed=seed)
+
+
+def _draw_and_prepare(shards: Path, *, images: int, seed: int) -> None:
+    """Synthetic people as an ordinary COCO dataset beside the shards, and the shards made of it like of any other."""
+    drawn = shards.with_name(f"{shards.name}_coco")
+    if not drawn.exists():
+        say(f"drawing {images} images of synthetic people into {drawn}")
+        draw_dataset(drawn, images=images, seed=seed, workers=min(os.cpu_count() or 1, 8) if images > 100 else 0)
+    prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=shards)
+
+
+def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Run the teacher's own recipe, or the rest of it, unless it has come to its end."""
+    first = teacher_recipe(recipe)
+    if not (first.run.directory / "final" / "config.json").is_file():
+        say(f"the teacher does not exist yet: training it by {recipe.teacher.recipe}")
+        run(first, accelerator=accelerator)
+        say(f"the teacher is trained; now its student, {recipe.run.name}")
+
+
+def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
+    train = Shards(recipe.data.train)
+    valid = Shards(recipe.data.valid) if recipe.data.valid is not None else None
+    if valid is not None and valid.skeleton.keypoints != train.skeleton.keypoints:
+        raise ConfigError(
+            f"data.valid: {valid.path} has the keypoints of skeleton {valid.skeleton.name!r}, but data.train those of "
+            f"{train.skeleton.name!r}"
+        )
+    return train, valid
+
+
+def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:
+    """The teacher's network and description, checked against the data and the student's input."""
+    path = teacher_weights(recipe)
+    model: nn.Module
+    if path.is_dir():
+        config, model = read_model_config(path), load_model(path)
+    else:
+        assert recipe.teacher.arch is not None  # checked with the recipe
+        config = ModelConfig(
+            arch=recipe.teacher.arch,
+            skeleton=train.skeleton,
+            input_size=recipe.data.input_size,
+            normalization=Normalization(color=recipe.teacher.color),
+        )
+        model = create_model(config.arch, train.skeleton.num_keypoints)
+        load_weights(model, path)
+    if config.skeleton.keypoints != train.skeleton.keypoints:
+        raise ConfigError(
+            f"teacher.weights: {path} was trained on skeleton {config.skeleton.name!r} "
+            f"({config.skeleton.num_keypoints} keypoints), but the data have {train.skeleton.name!r} "
+            f"({train.skeleton.num_keypoints})"
+        )
+    if config.input_size != recipe.data.input_size:
+        raise ConfigError(
+            f"teacher.weights: {path} takes {list(config.input_size)} (height, width), but data.input_size is "
+            f"{list(recipe.data.input_size)}; both networks see the same crop"
+        )
+    return config, model
+
+
+def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: Accelerator) -> Teacher:
+    config, model = taught
+    return Teacher(
+        model.to(memory_format=torch.channels_last) if recipe.train.channels_last else model,
+        device=accelerator.device,
+        normalization=config.normalization,
+        precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
+        compile=recipe.teacher.compile,
+    )
+
+
+def _evaluate_teacher(recipe: Recipe, teacher: Teacher, valid: Shards, accelerator: Accelerator) -> dict[str, float]:
+    metrics, _ = evaluate(
+        teacher.model,
+        valid,
+        input_size=recipe.data.input_size,
+        normalization=teacher.normalization,
+        padding=recipe.data.box_padding,
+        options=recipe.evaluate,
+        workers=recipe.data.workers,
+        accelerator=accelerator,
+    )
+    return metrics
+
+
+def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
+    """What both networks cost, and what is about to happen."""
+    if teacher is not None:
+        say(describe_model("teacher", teacher))
+    say(describe_model("student", trainer.model_config))
+    recipe = trainer.recipe
+    say(
+        f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
+        f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
+        f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+    )
+
+
+def evaluate_folder(
+    folder: str, data: str, *, flip_test: bool = True, batch: int = 32, workers: int = 0, precision: str = "fp32"
+) -> tuple[Score | None, list[dict[str, Any]]]:
+    """Score a model folder on prepared people, print the table, and return it with the people found.
+
+    The score is None on every rank but the first.
+
+    Raises:
+        UserError: folder or data cannot be used, or they have different keypoints.
+    """
+    config, shards = read_model_config(folder), Shards(data)
+    if config.skeleton.keypoints != shards.skeleton.keypoints:
+        raise ConfigError(
+            f"{folder} finds the keypoints of skeleton {config.skeleton.name!r} ({config.skeleton.num_keypoints}), but "
+            f"{data} has {shards.skeleton.name!r} ({shards.skeleton.num_keypoints})"
+        )
+    accelerator = create_accelerator(precision)
+    metrics, people = evaluate(
+        accelerator.prepare_model(load_model(folder), evaluation_mode=True),
+        shards,
+        input_size=config.input_size,
+        normalization=config.normalization,
+        padding=config.box_padding,
+        options=Evaluate(flip_test=flip_test, batch=batch),
+        workers=workers,
+        accelerator=accelerator,
+    )
+    if not accelerator.is_main_process:
+        return None, people
+    score = Score(str(folder), config, metrics)
+    show_scores(
+        f"{len(shards)} people of {data}, ground-truth boxes, flip test {'on' if flip_test else 'off'}", [score]
+    )
+    return score, people

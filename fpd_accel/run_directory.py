@@ -1,0 +1,129 @@
+"""May this recipe go on in this run directory, and from where? Everything is checked before anything is written."""
+
+import hashlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpd_accel.checkpoint import newest_whole, read_state
+from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, total_steps
+from fpd_accel.errors import CheckpointError
+from fpd_accel.log import say
+from fpd_accel.optim import learning_rate, teacher_share
+
+RECIPE_NAME = "recipe.yaml"
+PACKAGES = (
+    "fpd-accel",
+    "torch",
+    "torchvision",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "opencv-python-headless",
+)
+
+
+def provenance(recipe: Recipe, *, data: str, teacher: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """What ``state.json`` says beside the position: enough to refuse a resume that would not be one."""
+    return {
+        "data_sha256": data,
+        "teacher_sha256": weights_digest(teacher) if teacher is not None else None,
+        "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
+    """The checkpoint that ``--resume`` means: ``auto`` the newest whole one, if any; ``none``; or a directory.
+
+    Raises:
+        CheckpointError: ``none`` for a run that exists, a damaged directory, or no whole checkpoint among several.
+    """
+    directory = recipe.run.directory
+    if resume == "auto":
+        return newest_whole(directory / "checkpoints")
+    if resume == "none":
+        if (directory / RECIPE_NAME).exists():
+            raise CheckpointError(
+                f"{directory}: this run exists; continue it with --resume auto, or choose another run.name"
+            )
+        return None
+    read_state(Path(resume))
+    return Path(resume)
+
+
+def check_resume(
+    recipe: Recipe, checkpoint: Path | None, *, people: int, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state to resume from (empty without a checkpoint), if going on gives what the run was begun for.
+
+    Raises:
+        CheckpointError: recipe, data or teacher would give another result; each difference is named.
+    """
+    directory = recipe.run.directory
+    state = read_state(checkpoint) if checkpoint is not None else {}
+    step, steps = state.get("step", 0), total_steps(recipe, people)
+    if (directory / RECIPE_NAME).exists():
+        before = load_recipe(directory / RECIPE_NAME, check_files=False)
+        altering, harmless = differences(before, recipe)
+        altering += _schedule_differences(before, recipe, step=step, people=people)
+        if altering:
+            listed = "\n".join(f"  {difference}" for difference in altering)
+            raise CheckpointError(
+                f"{directory}: this run was begun by another recipe; choose another run.name, or undo\n{listed}"
+            )
+        for difference in harmless:
+            say(f"changed since the run began: {difference}")
+    for key, name in (("data_sha256", "data.train"), ("teacher_sha256", "the teacher")):
+        if checkpoint is not None and state.get(key) != provenance[key]:
+            raise CheckpointError(
+                f"{checkpoint}: {name} is not what this run was begun with (SHA-256 {state.get(key)})"
+            )
+    if step > steps:
+        raise CheckpointError(f"{checkpoint}: already at step {step}, but the recipe ends at step {steps}")
+    return state
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Put the resolved recipe into the run directory, whole or not at all."""
+    try:
+        recipe.run.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"run.root: {recipe.run.directory}: cannot be made: {error.strerror}") from None
+    staged = recipe.run.directory / f".{RECIPE_NAME}"
+    staged.write_text(dump_recipe(recipe), encoding="utf-8")
+    staged.replace(recipe.run.directory / RECIPE_NAME)
+
+
+def _schedule_differences(before: Recipe, after: Recipe, *, step: int, people: int) -> list[str]:
+    """A longer run is the same run only if the steps already taken had the same learning rate and alpha."""
+    schedules = []
+    for recipe in (before, after):
+        steps, per_epoch = total_steps(recipe, people), people / recipe.train.global_batch
+        schedules.append(
+            [
+                (
+                    learning_rate(recipe.optim, i, total_steps=steps, steps_per_epoch=per_epoch),
+                    teacher_share(recipe.distill, i, total_steps=steps),
+                )
+                for i in range(step)
+            ]
+        )
+    if schedules[0] == schedules[1]:
+        return []
+    first = next(i for i, (old, new) in enumerate(zip(*schedules, strict=True)) if old != new)
+    return [f"train.steps, train.epochs: the new length changes the schedule of step {first + 1}, already taken"]

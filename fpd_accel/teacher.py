@@ -1,0 +1,46 @@
+"""The teacher: a finished network that is only ever asked. It cannot train, and nothing that is saved contains it."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from fpd_accel.data.batch import Normalization
+
+
+class Teacher:
+    """A frozen network in evaluation mode, from crops to the heatmaps of its last stage.
+
+    Not a module, so that no optimizer, wrapper or checkpoint of the student ever finds its parameters. Weights and
+    buffers never change: gradients are off, and the network declines ``train()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        normalization: Normalization | None = None,
+        precision: torch.dtype = torch.float32,
+        compile: bool = False,
+    ) -> None:
+        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are."""
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.model.train = self._decline  # type: ignore[method-assign]
+        self.normalization = normalization or Normalization()
+        self.device, self.precision = torch.device(device), precision
+        if compile:
+            self.model.compile()
+
+    def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch joint h w"]:
+        """Heatmaps, float32, as ordinary tensors that a student's loss may save for its backward pass."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
+        with torch.inference_mode(), autocast:
+            heatmaps = self.model(self.normalization(crops))[-1].float()
+        return heatmaps.clone()  # outside the context: an inference tensor cannot enter autograd
+
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
+        """Declines: the teacher stays in evaluation mode whatever ``mode`` says."""
+        return self
+
+    def _decline(self, mode: bool = True) -> nn.Module:  # noqa: ARG002
+        return self.model

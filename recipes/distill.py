@@ -1,0 +1,40 @@
+"""Distil a student from a teacher, or train it alone (distill.mode=normal).
+
+accelerate launch recipes/distill.py --config recipes/quickstart.yaml
+accelerate launch recipes/distill.py --config RECIPE.yaml --resume auto train.global_batch=64 optim.lr=5e-4
+"""
+
+import argparse
+import os
+import sys
+
+from fpd_accel.config import accumulation_steps, load_recipe
+from fpd_accel.errors import UserError
+from fpd_accel.log import fail
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="what to do; see recipes/")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|DIR",
+        help="auto (default): go on from the newest whole checkpoint, if there is one; none: refuse a run that has "
+        "begun; DIR: go on from this checkpoint",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values in place of the recipe's")
+    arguments = parser.parse_intermixed_args()
+    try:
+        recipe = load_recipe(arguments.config, arguments.overrides)
+        accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        from fpd_accel.run import run  # torch comes in here, behind every check that does not need it
+
+        run(recipe, resume=arguments.resume)
+    except UserError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

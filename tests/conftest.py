@@ -1,0 +1,73 @@
+"""What every test shares: shapes and types checked while the package runs, and data small enough to train on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jaxtyping import install_import_hook
+
+# Before anything imports the package. The tower: an int will do where a float is asked for, as PEP 484 has it.
+install_import_hook("fpd_accel", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Beartype reads the bases of PyTorch's own classes, and those are spelled typing.Iterable.
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Fixtures and sample data that lie beside the project, not in it."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared beside the project: its fixtures and sample data are needed here")
+    return folder
+
+
+def _draw_shards(folder: Path, *, images: int, seed: int) -> Path:
+    from fpd_accel.data.coco import prepare_coco
+    from fpd_accel.data.synthetic import draw_dataset
+
+    drawn = draw_dataset(folder / "coco", images=images, seed=seed, image_size=(120, 160))
+    prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve prepared images of synthetic people, to train on."""
+    return _draw_shards(tmp_path_factory.mktemp("train"), images=12, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six prepared images of other synthetic people, to evaluate on."""
+    return _draw_shards(tmp_path_factory.mktemp("valid"), images=6, seed=1)
+
+
+@pytest.fixture
+def tiny_recipe(tmp_path: Path, tiny_shards: Path, tiny_valid: Path) -> Callable[..., Path]:
+    """A function that writes the recipe of a run of seconds; its sections take the place of, or add to, these."""
+
+    def write(*, file_name: str = "tiny.yaml", **sections: dict[str, Any]) -> Path:
+        values: dict[str, dict[str, Any]] = {
+            "run": {"name": "tiny", "root": str(tmp_path)},
+            "data": {"train": str(tiny_shards), "valid": str(tiny_valid), "input_size": [64, 64], "workers": 0},
+            "student": {"arch": "tiny_w8"},
+            "distill": {"mode": "normal"},
+            "train": {"steps": 4, "global_batch": 4},
+            "optim": {"lr": 0.001, "schedule": "constant"},
+            "evaluate": {"batch": 4},
+            "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
+        }
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        path = tmp_path / file_name
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

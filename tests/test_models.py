@@ -1,0 +1,185 @@
+"""Every architecture: names, shapes and outputs of the published networks, gradients, and what they refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from formula import fill_with_formula
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpd_accel.models import MODELS, ModelError, create_model, model_names
+
+PUBLISHED = [
+    "hourglass_4x128",
+    "hourglass_8x256",
+    "hrnet_w32",
+    "hrnet_w48",
+    "pose_resnet_50",
+    "pose_resnet_101",
+    "pose_resnet_152",
+]
+EVERY_MODEL = [*MODELS, "hourglass_1x32", "hourglass_3x32"]
+LARGE_MODELS = [name for name in MODELS if not name.startswith("tiny") and name not in ("hrnet_w18", "pose_resnet_18")]
+
+
+def published(name: str, shared: Path) -> dict:
+    return json.loads((shared / "reference" / "state_dicts" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_names_and_shapes_equal_the_published_checkpoints(name: str, shared: Path) -> None:
+    record = published(name, shared)
+    with torch.device("meta"):
+        model = create_model(name, record["num_keypoints"]).eval()
+    ours = {entry: list(tensor.shape) for entry, tensor in model.state_dict().items()}
+    assert ours == dict(record["state_dict"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == record["num_parameters"]
+    outputs = model(torch.empty(1, 3, 64, 64, device="meta"))
+    assert len(outputs) == record["num_outputs"]
+    assert {tuple(heatmaps.shape) for heatmaps in outputs} == {(1, record["num_keypoints"], 16, 16)}
+
+
+@pytest.mark.parametrize("name", ["hrnet_w32", "pose_resnet_50", "hourglass_4x128"])
+def test_outputs_equal_the_published_implementation(name: str, shared: Path) -> None:
+    record = published(name, shared)
+    model = create_model(name, record["num_keypoints"]).eval()
+    fill_with_formula(model)
+    width, height = record["image_size_wh"]
+    images = np.random.RandomState(7).standard_normal((1, 3, height, width)).astype(np.float32)
+    with torch.inference_mode():
+        outputs = model(torch.from_numpy(images))
+    with np.load(shared / "reference" / f"{name}.npz") as expected:
+        assert len(outputs) == len(expected.files)
+        for number, heatmaps in enumerate(outputs):
+            truth = expected[f"out{number}"]
+            largest = np.abs(truth).max()
+            # 1e-5 of the largest heatmap value; float32 rounding across kernels gives about 2e-6.
+            np.testing.assert_allclose(heatmaps.numpy(), truth, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_every_model_gives_a_tuple_of_quarter_size_heatmaps_and_all_parameters_get_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    # The large ones run on shapes alone, which still shows a parameter that no output depends on.
+    device = "meta" if name in LARGE_MODELS else "cpu"
+    with torch.device(device):
+        model = create_model(name, 5)
+        outputs = model(torch.randn(2, 3, 64, 128))
+    stages = int(name.removeprefix("hourglass_")[0]) if name.startswith("hourglass") else 1
+    assert isinstance(outputs, tuple)
+    assert [heatmaps.shape for heatmaps in outputs] == [(2, 5, 64 // model.stride, 128 // model.stride)] * stages
+    torch.stack(outputs).square().mean().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.is_meta or torch.isfinite(parameter.grad).all(), parameter_name
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "hourglass_1x32", "tiny_w8"])
+def test_heatmaps_of_one_image_do_not_depend_on_the_others_in_eval_mode(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        together, alone = model(images)[-1][:1], model(images[:1])[-1]
+    # Absolute difference in heatmap units; kernels may sum in another order for another batch size.
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6 + 1e-5 * float(alone.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18"])
+def test_published_initialisation_draws_heads_with_a_deviation_of_a_thousandth(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 17)
+    head = model.state_dict()
+    # Relative error of a standard deviation estimated from n draws is about 1 / sqrt(2 n): 306 or more draws, 4 sigma.
+    assert float(head["final_layer.weight"].std()) == pytest.approx(1e-3, rel=0.17)
+    assert not head["final_layer.bias"].any()
+    inner = "deconv_layers.3.weight" if name.startswith("pose_resnet") else "stage4.2.branches.3.3.conv2.weight"
+    assert float(head[inner].std()) == pytest.approx(1e-3, rel=0.01)  # 186,624 draws or more
+
+
+def test_tiny_model_learns_to_point_at_a_bright_spot_within_sixty_steps() -> None:
+    torch.manual_seed(0)
+    model = create_model("tiny_w8", 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    position = torch.arange(16.0)
+
+    def spots(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = torch.randint(2, 14, (2, count, 1)).float()
+        near_x, near_y = torch.exp(-((position - x) ** 2) / 4), torch.exp(-((position - y) ** 2) / 4)
+        heatmaps = (near_y[:, :, None] * near_x[:, None, :])[:, None]
+        images = torch.nn.functional.interpolate(heatmaps, scale_factor=4.0).repeat(1, 3, 1, 1)
+        return images + 0.1 * torch.randn_like(images), heatmaps
+
+    for _ in range(60):
+        images, heatmaps = spots(16)
+        loss = (model(images)[-1] - heatmaps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, heatmaps = spots(64)
+    with torch.inference_mode():
+        predicted = model(images)[-1]
+    same = predicted.flatten(1).argmax(1) == heatmaps.flatten(1).argmax(1)
+    assert float(same.float().mean()) > 0.9  # fraction of spots found to the heatmap pixel; chance is 1 in 144
+
+
+def test_wider_tiny_models_cost_more_and_narrow_ones_stay_cheap() -> None:
+    giga_macs = {}
+    for name in ("tiny_w8", "tiny_w16", "tiny_w32", "tiny_w48"):
+        with torch.device("meta"):
+            model, images = create_model(name, 17).eval(), torch.empty(1, 3, 128, 96)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        giga_macs[name] = counter.get_total_flops() / 2e9  # multiply-adds of convolutions, 128 x 96 pixels
+    assert 0.02 < giga_macs["tiny_w16"] < 0.04
+    assert 0.2 < giga_macs["tiny_w48"] < 0.3
+    assert sorted(giga_macs, key=giga_macs.__getitem__) == list(giga_macs)
+
+
+def test_unknown_name_is_answered_with_the_nearest_one_and_all_choices() -> None:
+    with pytest.raises(ModelError, match=r"'hrnet_w33' is not a model; did you mean 'hrnet_w32'\?") as caught:
+        create_model("hrnet_w33", 17)
+    assert isinstance(caught.value, ValueError)
+    assert all(name in str(caught.value) for name in [*MODELS, "hourglass_{stacks}x{features}"])
+    assert "hourglass_{stacks}x{features}" in model_names()
+    with pytest.raises(ModelError, match=r"did you mean 'pose_resnet_50'\?"):
+        create_model("PoseResNet_50", 17)
+    with pytest.raises(ModelError, match=r"'zzz' is not a model; choose from"):
+        create_model("zzz", 17)
+
+
+def test_sizes_that_make_no_network_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"multiple of 4 and at least 8, not 126"):
+        create_model("hourglass_4x126", 17)
+    with pytest.raises(ModelError, match=r"at least 1 stack, not 0"):
+        create_model("hourglass_0x128", 17)
+    for name in ("tiny_w8", "hourglass_1x32"):
+        with pytest.raises(ModelError, match=r"num_keypoints must be at least 1, not 0"):
+            create_model(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("hrnet_w18", 32), ("pose_resnet_18", 32), ("hourglass_1x32", 64), ("tiny_w8", 16)]
+)
+def test_input_size_off_the_multiple_is_refused_before_any_computation(name: str, multiple: int) -> None:
+    with torch.device("meta"):
+        model = create_model(name, 3)
+        assert model.input_multiple == multiple
+        assert model(torch.empty(2, 3, multiple, 2 * multiple))[-1].shape == (2, 3, multiple // 4, multiple // 2)
+        for height, width in ((multiple + 8, multiple), (multiple, multiple - 4), (0, multiple)):
+            message = rf"multiples of {multiple}, not {height} x {width} \(height x width\)"
+            with pytest.raises(ModelError, match=message):
+                model(torch.empty(2, 3, height, width))
+
+
+@pytest.mark.parametrize("name", ["pose_resnet_18", "tiny_w8"])
+def test_models_are_captured_as_one_graph_with_the_same_result(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, 3).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(images)[0]
+        captured = torch.export.export(model, (images,)).module()(images)[0]
+    assert torch.equal(captured, expected)

@@ -1,0 +1,203 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
+from fpd_accel.config import load_recipe
+from fpd_accel.errors import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+CURVE = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
+
+
+@pytest.fixture
+def distilling(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A function that writes the recipe of a distillation of 12 steps with every part of the state in use."""
+    from fpd_accel.model_folder import ModelConfig, save_model
+    from fpd_accel.models import create_model
+    from fpd_accel.skeleton import COCO
+
+    config = ModelConfig(arch="tiny_w16", skeleton=COCO, input_size=(64, 64))
+    save_model(tmp_path / "teacher", create_model("tiny_w16", 17).state_dict(), config)
+
+    def write(name: str) -> Path:
+        return tiny_recipe(
+            file_name=f"{name}.yaml",
+            run={"name": name},
+            data={"workers": 1},
+            teacher={"weights": str(tmp_path / "teacher")},
+            distill={"mode": "fpd"},
+            train={"steps": 12, "ema_decay": 0.9},
+            optim={"name": "adamw", "weight_decay": 0.01, "schedule": "cosine"},
+            evaluate={"every_epochs": 0.3},
+            checkpoint={"every_steps": 3, "keep": 3},
+        )
+
+    return write
+
+
+def curve(directory: Path) -> list[list[float]]:
+    """The values of every training step, exactly as written."""
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [[record["step"], *(record[name] for name in CURVE)] for record in records if record["kind"] == "train"]
+
+
+def train(recipe: Path, *overrides: str) -> None:
+    from fpd_accel.run import run
+
+    run(load_recipe(recipe, overrides))
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert curve(one) == curve(other)
+    for name in ("student", "student_ema", "optimizer"):
+        ends = [load_file(checkpoints(run / "checkpoints")[-1] / f"{name}.safetensors") for run in (one, other)]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(ends[0][key].equal(ends[1][key]) for key in ends[0]), name
+
+
+def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+    train(distilling("whole"))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(ROOT / "recipes" / "distill.py"), "--config", str(distilling("killed"))]
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
+    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] >= 3
+    train(tmp_path / "killed.yaml")
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+    from fpd_accel.run import run
+
+    train(distilling("whole"))
+    train(distilling("named"))
+    shutil.rmtree(tmp_path / "named" / "checkpoints" / "step_00000012")
+    run(load_recipe(tmp_path / "named.yaml"), resume=str(tmp_path / "named" / "checkpoints" / "step_00000006"))
+    assert_same_end(tmp_path / "whole", tmp_path / "named")
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "bit-flipped weights": lambda folder: flip_bit(folder / "student.safetensors"),
+    "bit-flipped optimizer": lambda folder: flip_bit(folder / "optimizer.safetensors"),
+    "truncated": lambda folder: os.truncate(folder / "student.safetensors", 1000),
+    "no manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+    "half a manifest": lambda folder: os.truncate(folder / "MANIFEST.json", 30),
+    "missing state": lambda folder: (folder / "state.json").unlink(),
+    "changed state": lambda folder: (folder / "state.json").write_text('{"step": 12}'),
+    "manifest of nothing": lambda folder: (folder / "MANIFEST.json").write_text('{"files": {}}'),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """The directory of a finished run with two checkpoints."""
+    root = tmp_path_factory.mktemp("finished")
+    recipe = root / "recipe.yaml"
+    recipe.write_text(
+        f"run: {{name: done, root: {root}}}\n"
+        f"data: {{train: {tiny_shards}, input_size: [64, 64], workers: 0}}\n"
+        "student: {arch: tiny_w8}\ndistill: {mode: normal}\ntrain: {steps: 4, global_batch: 2}\n"
+        "optim: {schedule: constant}\nlog: {tensorboard: false, pictures_every_steps: null}\n"
+        "checkpoint: {every_steps: 2, keep: 2}\n"
+    )
+    train(recipe)
+    return root
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_never_loaded(
+    damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished / "done", tmp_path / "done")
+    older, newer = checkpoints(run / "checkpoints")
+    assert problem(newer) is None
+    DAMAGES[damage](newer)
+    assert newest_whole(run / "checkpoints") == older
+    said = capsys.readouterr().err
+    assert newer.name in said
+    assert "passed over" in said
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        read_state(newer)
+
+
+def test_half_written_checkpoint_does_not_exist(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "done", tmp_path / "done")
+    newest = checkpoints(run / "checkpoints")[-1]
+    newest.rename(newest.with_name(f".{newest.name}.writing"))
+    assert read_state(newest_whole(run / "checkpoints"))["step"] == 2
+
+
+def test_no_whole_checkpoint_at_all_is_an_error(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "done", tmp_path / "done")
+    for checkpoint in checkpoints(run / "checkpoints"):
+        flip_bit(checkpoint / "student.safetensors")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole"):
+        newest_whole(run / "checkpoints")
+
+
+def test_checkpoint_has_no_teacher_and_no_pickle(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+    train(distilling("kept"))
+    folder = checkpoints(tmp_path / "kept" / "checkpoints")[-1]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "student.safetensors", "student_ema.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json",
+    }  # fmt: skip
+    from fpd_accel.models import create_model
+
+    student = create_model("tiny_w8", 17).state_dict()
+    assert load_file(folder / "student.safetensors").keys() == student.keys()
+    state = json.loads((folder / "state.json").read_text())
+    assert {"step", "samples", "seed", "topology", "recipe_sha256", "teacher_sha256", "versions"} <= state.keys()
+    assert len(checkpoints(tmp_path / "kept" / "checkpoints")) == 3
+    assert (tmp_path / "kept" / "checkpoints" / "latest").read_text().strip() == folder.name
+
+
+def test_longer_run_goes_on_where_the_schedule_allows_it(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "done", tmp_path / "done")
+    train(finished / "recipe.yaml", f"run.root={tmp_path}", "train.steps=6")
+    assert [row[0] for row in curve(tmp_path / "done")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_longer_run_is_refused_where_it_would_change_steps_already_taken(
+    distilling: Callable[[str], Path], tmp_path: Path
+) -> None:
+    train(distilling("cosine"))
+    with pytest.raises(CheckpointError, match="already taken"):
+        train(tmp_path / "cosine.yaml", "train.steps=20")
+
+
+def test_other_data_and_other_teacher_are_refused(
+    distilling: Callable[[str], Path], tiny_valid: Path, tmp_path: Path
+) -> None:
+    from fpd_accel.model_folder import read_model_config, save_model
+    from fpd_accel.models import create_model
+
+    train(distilling("strict"), "train.steps=3")
+    with pytest.raises(CheckpointError, match="is not what this run was begun with"):
+        train(tmp_path / "strict.yaml", "train.steps=3", f"data.train={tiny_valid}")
+    config = read_model_config(tmp_path / "teacher")
+    save_model(tmp_path / "teacher", create_model("tiny_w16", 17).state_dict(), config)
+    with pytest.raises(CheckpointError, match="the teacher is not what this run was begun with"):
+        train(tmp_path / "strict.yaml", "train.steps=3")
