@@ -117,16 +117,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter name>::<entry>``; hyperparameters are the recipe's and are not stored."""
+    """The optimizer's state as ``<parameter name>::<entry>``, on the first rank; all ranks have to ask for it together.
+
+    Hyperparameters are the recipe's and are not stored.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)["state"]  # type: ignore[assignment]
+    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options)).get("state", {})  # type: ignore[assignment]
     return {f"{name}::{key}": value for name, entries in state.items() for key, value in entries.items()}
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Put saved tensors back into an optimizer of the same model."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+    options = StateDictOptions(full_state_dict=True)
+    whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))  # for its parameter groups
     parameters = dict(model.named_parameters())
     state: dict[str, Any] = {}
     for flat, tensor in load_file(path).items():

@@ -418,6 +418,11 @@ def _missing_files(recipe: Recipe) -> list[str]:
                 mistakes.append(
                     f"teacher.recipe: {teacher.recipe}: writes to {first.run.directory} too; change run.name"
                 )
+            if first.train.precision != recipe.train.precision:
+                mistakes.append(
+                    f"teacher.recipe: train.precision is {first.train.precision} there, {recipe.train.precision} here; "
+                    "one command trains both in one precision, so set teacher.overrides"
+                )
         except ConfigError as error:
             mistakes += [f"teacher.recipe: {line.strip()}" for line in str(error).splitlines()]
     return mistakes

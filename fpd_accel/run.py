@@ -48,6 +48,8 @@ def create_accelerator(precision: str) -> Accelerator:
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; accumulation follows from train.global_batch and "
             "train.device_batch, so unset it"
         )
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     return accelerator
 
 

@@ -150,7 +150,6 @@ class Trainer:
         restore_optimizer(self.bare, self.optimizer.optimizer, checkpoint / "optimizer.safetensors")
         if self.average is not None:
             self.average.module.load_state_dict(load_file(checkpoint / "student_ema.safetensors"), strict=True)
-            self.average.n_averaged.fill_(state["step"])
         self.step, self.best_metrics = state["step"], state["best_metrics"]
         self.best = self.best_metrics.get(SELECTION, float("-inf"))
 
@@ -181,6 +180,7 @@ class Trainer:
         if decay is None:
             return None
         model = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        model.n_averaged.fill_(1)  # the initial weights are its first term; at 0 the first step would replace them
         return model.requires_grad_(False)
 
     def _crosses_epoch(self, every: float | None) -> bool:

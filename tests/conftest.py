@@ -1,5 +1,6 @@
 """What every test shares: shapes and types checked while the package runs, and data small enough to train on."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     # Beartype reads the bases of PyTorch's own classes, and those are spelled typing.Iterable.
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process."""
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None:
+        accelerate.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
