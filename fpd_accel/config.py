@@ -24,6 +24,7 @@ ARCHITECTURES = (
     *(f"tiny_w{width}" for width in (8, 16, 32, 48)),
 )  # and hourglass_{stacks}x{features}
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
+SIMCC_SUFFIX = "_simcc"  # after any of them: the same network under a SimCC head
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -63,9 +64,17 @@ class Synthetic(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class Unlabelled(Section):
+    """People without labels, mixed into every batch; only the teacher says what is right for them."""
+
+    shards: str  # written by `fpd-accel prepare`; their labels, if there are any, are not used
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the people of a batch
+
+
 class Data(Section):
     train: str  # shards written by `fpd-accel prepare`
     valid: str | None = None  # shards of the held-out people; None: never evaluate
+    unlabelled: Unlabelled | None = None  # more people to train on, with the teacher alone
     synthetic: Synthetic | None = None
     input_size: tuple[Positive, Positive] = (256, 192)  # (height, width) of a crop, pixels
     box_padding: Annotated[float, Field(ge=1)] = 1.25  # factor on the person's box
@@ -74,7 +83,10 @@ class Data(Section):
 
 
 class Codec(Section):
-    sigma: Annotated[float, Field(gt=0)] = 2.0  # heatmap cells (one cell is 4 input pixels)
+    """How keypoints become targets and outputs keypoints (see ``codecs.py``)."""
+
+    name: Literal["heatmap", "dark", "udp", "simcc"] = "heatmap"
+    sigma: Annotated[float, Field(gt=0)] | None = None  # cells of 4 pixels, None: 2; simcc: bins, None: sqrt(side / 8)
 
 
 class Student(Section):
@@ -97,7 +109,12 @@ class Distill(Section):
     alpha: Fraction = 0.5  # weight of the teacher's term; 1 - alpha of the labels' term
     alpha_final: Fraction | None = None  # where the schedule ends; None: alpha throughout
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    mask: Literal["visible"] = "visible"  # which keypoints the teacher's term counts: the labelled ones
+    mask: Literal["visible", "all", "confident"] = "visible"  # keypoints of the teacher's term: the labelled ones, ...
+    confidence: Fraction = 0.3  # ... or those whose peak of the teacher is above this
+    distance: Literal["mse", "kl"] = "mse"  # of the teacher's term; SimCC students take kl
+    temperature: Annotated[float, Field(gt=0)] | None = None  # kl: divides both; None: 0.1 for heatmaps, 1 for SimCC
+    teacher_stage: Literal["last", "each"] = "last"  # that a student's stage is compared with
+    hard_keypoints: Positive | None = None  # labels' term: only so many of each person's worst (OHKM); None: all
 
 
 class Train(Section):
@@ -129,7 +146,9 @@ class Evaluate(Section):
     every_epochs: Annotated[float, Field(gt=0)] | None = 1.0  # None: only at the end
     batch: Positive = 32  # people per forward on one rank
     flip_test: bool = True  # average with the mirrored image's heatmaps
-    flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does
+    flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does; not udp
+    refine: Literal["none", "quarter", "dark"] | None = None  # step below a cell; None: the codec's own
+    stages: Literal["last", "mean"] = "last"  # of a network with several
     nms_threshold: Fraction = 0.9  # OKS above which the lower-scored of two people is dropped
     keypoint_threshold: Fraction = 0.2  # heatmap score above which a keypoint counts in a person's score
     teacher: bool = True  # evaluate the teacher too, once, for the table at the end
@@ -234,17 +253,23 @@ def accumulation_steps(recipe: Recipe, ranks: int) -> tuple[int, int]:
 
 
 def total_steps(recipe: Recipe, people: int) -> int:
-    """Optimizer steps of a run over this many training people."""
+    """Optimizer steps of a run over this many labelled training people."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return max(1, round((recipe.train.epochs or 0) * people / recipe.train.global_batch))
+    return max(1, round((recipe.train.epochs or 0) * steps_per_epoch(recipe, people)))
+
+
+def steps_per_epoch(recipe: Recipe, people: int) -> float:
+    """Optimizer steps in which every labelled person comes once."""
+    unlabelled = recipe.data.unlabelled
+    return people / (recipe.train.global_batch * (1 - (unlabelled.share if unlabelled is not None else 0.0)))
 
 
 # Fields that leave the trained weights alone: they may change when a run is resumed. Data, teacher and initial weights
 # are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
 FREE_ON_RESUME = (
-    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "student.weights", "teacher",
-    "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
+    "student.weights", "teacher", "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -365,9 +390,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
     mistakes = []
     train, optim, distill, teacher = recipe.train, recipe.optim, recipe.distill, recipe.teacher
     for path, arch in (("student.arch", recipe.student.arch), ("teacher.arch", teacher.arch)):
-        if arch is not None and arch not in ARCHITECTURES and not HOURGLASS.fullmatch(arch):
-            choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}")
-            mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch, choices)}")
+        network = arch.removesuffix(SIMCC_SUFFIX) if arch is not None else None
+        if network is not None and network not in ARCHITECTURES and not HOURGLASS.fullmatch(network):
+            choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}", f"any of them with {SIMCC_SUFFIX}")
+            mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch or '', choices)}")
     if (train.steps is None) == (train.epochs is None):
         mistakes.append("train.steps, train.epochs: give exactly one of the two")
     if train.device_batch is not None and train.global_batch % train.device_batch:
@@ -390,13 +416,44 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    return mistakes + _objective_contradictions(recipe)
+
+
+def _objective_contradictions(recipe: Recipe) -> list[str]:
+    """The same for what the codec, the losses and unlabelled people ask of each other."""
+    mistakes = []
+    distill, simcc = recipe.distill, recipe.student.arch.endswith(SIMCC_SUFFIX)
+    if simcc != (recipe.codec.name == "simcc"):
+        mistakes.append(
+            f"codec.name: {recipe.codec.name!r} does not fit {recipe.student.arch!r}; codec simcc goes with an "
+            f"architecture that ends in {SIMCC_SUFFIX}, and with no other"
+        )
+    if simcc and distill.mode == "fpd" and distill.distance != "kl":
+        mistakes.append("distill.distance: 'mse' compares heatmaps; a SimCC student takes distill.distance=kl")
+    if simcc and distill.hard_keypoints is not None:
+        mistakes.append("distill.hard_keypoints: is for heatmaps; a SimCC student does without it")
+    if distill.temperature is not None and distill.distance != "kl":
+        mistakes.append("distill.temperature: goes with distill.distance=kl")
+    if recipe.data.unlabelled is not None and distill.mode != "fpd":
+        mistakes.append("data.unlabelled: needs a teacher, who alone says what is right for them: distill.mode=fpd")
+    elif recipe.data.unlabelled is not None and distill.mask == "visible":
+        mistakes.append(
+            "distill.mask: 'visible' counts labelled keypoints alone, of which data.unlabelled has none; "
+            "use confident or all"
+        )
     return mistakes
 
 
 def _missing_files(recipe: Recipe) -> list[str]:
     mistakes = []
-    for path, shards in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
-        if shards is not None and recipe.data.synthetic is None and not (Path(shards) / "dataset.json").is_file():
+    unlabelled = recipe.data.unlabelled
+    drawn = recipe.data.synthetic is not None
+    for path, shards in (
+        ("data.train", None if drawn else recipe.data.train),
+        ("data.valid", None if drawn else recipe.data.valid),
+        ("data.unlabelled.shards", unlabelled.shards if unlabelled is not None else None),
+    ):
+        if shards is not None and not (Path(shards) / "dataset.json").is_file():
             mistakes.append(
                 f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
             )

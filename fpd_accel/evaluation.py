@@ -14,15 +14,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from fpd_accel.codecs import HeatmapCodec, PoseCodec
 from fpd_accel.config import Evaluate
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
-from fpd_accel.decode import decode_heatmaps, fuse_flip, heatmap_accuracy
+from fpd_accel.decode import accuracy, decode, fuse
 from fpd_accel.geometry import box_to_region, clip_box
 from fpd_accel.log import track
 from fpd_accel.losses import Losses
 from fpd_accel.metrics import average_precision, oks_nms, pck, rescore
+from fpd_accel.outputs import STRIDE, Output, mean_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 CATEGORY = 1  # "person", as COCO numbers it
 PCK_THRESHOLDS = {"torso": 0.2, "box": 0.1}  # share of the torso's length, or of the box's longer side
 
-Compare = Callable[[tuple[Tensor, ...], Batch], Losses]
+Compare = Callable[[tuple[Output, ...], Batch], Losses]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def evaluate(
     model: nn.Module,
     shards: Shards,
     *,
-    input_size: tuple[int, int],
+    codec: PoseCodec | None = None,
+    input_size: tuple[int, int] | None = None,
     normalization: Normalization | None = None,
     padding: float = 1.25,
     options: Evaluate | None = None,
@@ -57,16 +60,20 @@ def evaluate(
     """Metrics of a network on every usable person of the shards, and the people it found in COCO's result format.
 
     Args:
-        model: from normalised images to a tuple of heatmaps; left in evaluation mode.
-        input_size: (height, width) of a crop.
+        model: from normalised images to a tuple of stage outputs; left in evaluation mode.
+        codec: what the outputs mean, and the size of a crop.
+        input_size: (height, width) of a crop, in place of ``codec`` where the outputs are plain heatmaps.
         compare: the objective; with it, the mean losses and the training accuracy are among the metrics.
         accelerator: where there are several ranks, each takes its share of the people and all get the metrics.
     """
     options = options or Evaluate()
+    if codec is None:
+        height, width = input_size or (256, 192)
+        codec = HeatmapCodec((height, width), (height // STRIDE, width // STRIDE))
     predictions, losses = predict(
         model,
         shards,
-        input_size=input_size,
+        codec=codec,
         normalization=normalization or Normalization(),
         padding=padding,
         options=options,
@@ -77,7 +84,7 @@ def evaluate(
     metrics: dict[str, float] = {}
     people: list[dict[str, Any]] = []
     if accelerator is None or accelerator.is_main_process:
-        people = results(shards, predictions, options=options, input_size=input_size, padding=padding)
+        people = results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
         metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
         metrics |= keypoint_accuracy(shards, predictions) | losses
     if accelerator is not None and accelerator.num_processes > 1:
@@ -92,7 +99,7 @@ def predict(
     model: nn.Module,
     shards: Shards,
     *,
-    input_size: tuple[int, int],
+    codec: PoseCodec,
     normalization: Normalization,
     padding: float,
     options: Evaluate,
@@ -104,7 +111,13 @@ def predict(
     device = next(model.parameters()).device
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     stream = PoseStream(
-        shards, input_size=input_size, batch_size=options.batch, padding=padding, rank=rank, ranks=ranks
+        shards,
+        input_size=codec.input_size,
+        batch_size=options.batch,
+        padding=padding,
+        rank=rank,
+        ranks=ranks,
+        unbiased=codec.unbiased,
     )
     rows, keypoints, scores, losses = [], [], [], []
     model.eval()
@@ -112,15 +125,15 @@ def predict(
         batch = batch.to(device)
         images = normalization(batch.crops)
         stages = model(images)
-        heatmaps = stages[-1].float()
+        output = _chosen(stages, options)
         if compare is not None:
             terms = compare(stages, batch)
-            accuracy = heatmap_accuracy(heatmaps, terms.target)
-            losses.append(torch.stack([terms.total, terms.pose, terms.kd, accuracy]))
+            hits = accuracy(terms.predicted, terms.target)
+            losses.append(torch.stack([terms.total, terms.pose, terms.kd, hits]))
         if options.flip_test:
-            mirrored = model(images.flip(-1))[-1].float()
-            heatmaps = fuse_flip(heatmaps, mirrored, shards.skeleton.flip_index, shift=options.flip_shift)
-        found, confidence = decode_heatmaps(heatmaps, batch.centers, batch.sizes, refine="quarter")
+            mirrored = _chosen(model(images.flip(-1)), options)
+            output = fuse(output, mirrored, codec, shards.skeleton.flip_index, shift=options.flip_shift)
+        found, confidence = decode(output, codec, batch.centers, batch.sizes, refine=options.refine)
         rows.append(batch.rows)
         keypoints.append(found)
         scores.append(confidence)
@@ -129,6 +142,11 @@ def predict(
     predictions = Predictions(unique, gathered[1][first], gathered[2][first])
     means = _gather([torch.stack(losses)], accelerator).mean(axis=0).tolist() if losses else []
     return predictions, dict(zip(("loss", "pose_loss", "kd_pose_loss", "acc"), means, strict=False))
+
+
+def _chosen(stages: tuple[Output, ...], options: Evaluate) -> Output:
+    """The output to decode, float32."""
+    return mean_output(stages if options.stages == "mean" else stages[-1:])
 
 
 def _gather(parts: Iterable[Tensor], accelerator: "Accelerator | None") -> np.ndarray:

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpd_accel.log import results
 from fpd_accel.model_folder import ModelConfig
-from fpd_accel.models import create_model
 
 COLUMNS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR")
 
@@ -26,7 +25,7 @@ class Score:
 def model_cost(config: ModelConfig) -> tuple[int, int]:
     """Parameters, and multiply-adds of one forward for one person (convolutions and matrix products alone)."""
     with torch.device("meta"):
-        model = create_model(config.arch, config.skeleton.num_keypoints).eval()
+        model = config.create_model().eval()
         images = torch.empty(1, 3, *config.input_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)

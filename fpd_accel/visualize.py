@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
+from fpd_accel.codecs import PoseCodec
 from fpd_accel.data.batch import Batch
-from fpd_accel.decode import decode_heatmaps
+from fpd_accel.decode import decode
+from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.skeleton import Skeleton
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -55,18 +58,21 @@ def draw_heatmaps(picture: Picture, heatmaps: Float[np.ndarray, "joint h w"]) ->
     return cv2.addWeighted(picture, 0.4, colored, 0.6, 0)
 
 
-def comparison(batch: Batch, sources: Mapping[str, Tensor], skeleton: Skeleton, *, people: int = 6) -> Picture:
+def comparison(
+    batch: Batch, sources: Mapping[str, tuple[Output, PoseCodec]], skeleton: Skeleton, *, people: int = 6
+) -> Picture:
     """A row for each of the first people of a batch: for every source the skeleton it sees and its heatmaps.
 
     Args:
-        sources: name -> heatmaps (batch, joint, h, w).
+        sources: name -> output for the batch, and the codec that it belongs to.
     """
     height, width = batch.crops.shape[1:3]
     zoom = max(1, round(256 / height))
     middle = torch.tensor([width / 2, height / 2]).expand(len(batch), 2)
     whole = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
-    maps = {name: heatmaps.detach().float().cpu() for name, heatmaps in sources.items()}
-    decoded = {name: decode_heatmaps(heatmaps, middle, whole) for name, heatmaps in maps.items()}
+    outputs = {name: (_on_host(output), codec) for name, (output, codec) in sources.items()}
+    decoded = {name: decode(output, codec, middle, whole) for name, (output, codec) in outputs.items()}
+    maps = {name: _as_heatmaps(output) for name, (output, _) in outputs.items()}
     labelled = batch.visible.cpu().numpy() > 0
     rows = []
     for i, crop in enumerate(batch.crops[:people].cpu().numpy()):
@@ -85,6 +91,19 @@ def comparison(batch: Batch, sources: Mapping[str, Tensor], skeleton: Skeleton, 
         place = (number * 2 * width * zoom + 6, 16)
         cv2.putText(header, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([header, *rows], axis=0)
+
+
+def _on_host(output: Output) -> Output:
+    return each(output, lambda tensor: tensor.detach().float().cpu())
+
+
+def _as_heatmaps(output: Output) -> Tensor:
+    """Heatmaps as they are; of SimCC's logits the product of both distributions, one cell per heatmap's, peak 1."""
+    if not isinstance(output, SimCC):
+        return output
+    x, y = (F.avg_pool1d(axis, STRIDE * BINS_PER_PIXEL) for axis in output.softmax())
+    product = y[..., :, None] * x[..., None, :]
+    return product / product.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
 
 
 def save_picture(path: Path, picture: Picture) -> None:

@@ -10,6 +10,7 @@ from fpd_accel.models.base import PoseModel
 from fpd_accel.models.hourglass import StackedHourglass
 from fpd_accel.models.hrnet import HRNet
 from fpd_accel.models.pose_resnet import PoseResNet
+from fpd_accel.models.simcc import SUFFIX, SimCCModel
 from fpd_accel.models.tiny import TinyPose
 
 MODELS: dict[str, Callable[[int], PoseModel]] = {
@@ -35,19 +36,24 @@ PUBLISHED_HOURGLASSES = ("hourglass_4x128", "hourglass_8x256")
 
 def model_names() -> list[str]:
     """Return every name of `MODELS` and the pattern of the hourglasses, for messages and help texts."""
-    return [*MODELS, "hourglass_{stacks}x{features}"]
+    return [*MODELS, "hourglass_{stacks}x{features}", f"any of them with {SUFFIX} for a SimCC head"]
 
 
-def create_model(name: str, num_keypoints: int) -> PoseModel:
+def create_model(name: str, num_keypoints: int, *, input_size: tuple[int, int] = (256, 192)) -> PoseModel:
     """Build a network with fresh weights.
 
     Args:
-        name: One of `MODELS`, or `hourglass_{stacks}x{features}` with features a multiple of 4.
+        name: One of `MODELS`, or `hourglass_{stacks}x{features}` with features a multiple of 4; with `_simcc` after it,
+            the same network under a SimCC head.
         num_keypoints: Heatmaps per stage.
+        input_size: (height, width) of the images. Only networks whose parameters depend on it look at it.
 
     Raises:
         ModelError: The name is unknown (the message lists the choices and the nearest one), or a size makes no sense.
     """
+    if name.endswith(SUFFIX):
+        network = create_model(name.removesuffix(SUFFIX), num_keypoints, input_size=input_size)
+        return SimCCModel(network, input_size=input_size)
     if name in MODELS:
         return MODELS[name](num_keypoints)
     if hourglass := HOURGLASS_NAME.fullmatch(name):
