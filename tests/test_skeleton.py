@@ -145,6 +145,6 @@ def test_a_file_that_is_no_skeleton_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_skeleton_that_does_not_exist_is_refused_with_advice(tmp_path: Path) -> None:
-    assert "no such skeleton; give 'coco' or a YAML file" in refusal(tmp_path / "nothing.yaml")
+    assert "no such skeleton; give 'coco', 'mpii' or a YAML file" in refusal(tmp_path / "nothing.yaml")
     refusal(tmp_path)
     refusal("COCO")
