@@ -2,7 +2,8 @@
 
 Crops are those of the published implementation: the position moves down by 15 pixels per unit of scale, the box is a
 square of 200 pixels per unit of scale about it, not cut to the image, and ``data.box_padding`` (1.25) does the rest.
-The files count pixels from 1, the shards from 0.
+The files count pixels from 1, the shards from 0. Without silhouettes the area of a person is that of the box, so that
+AP does not compare with COCO's.
 
 As in ``coco.py``, what cannot be right is *refused*, with nothing written: a file in neither of the two forms, another
 number of joints, numbers that are not finite, a ground truth of other people, an image folder in which nothing is
