@@ -22,14 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     synth.add_argument("--workers", type=int, default=2, help="drawing processes (default: 2)")
     synth.set_defaults(run=_synth)
 
-    prepare = commands.add_parser("prepare", help="turn a COCO keypoint JSON and its images into shards")
+    prepare = commands.add_parser("prepare", help="turn COCO or MPII annotations and their images into shards")
     prepare.add_argument("--images", type=Path, required=True, help="folder of the images")
-    prepare.add_argument("--annotations", type=Path, required=True, help="COCO keypoint JSON")
+    prepare.add_argument(
+        "--annotations", type=Path, required=True, help="COCO keypoint JSON; MPII: HRNet's JSON, or MPII's own .mat"
+    )
     prepare.add_argument("--output", type=Path, required=True, help="folder to write")
     prepare.add_argument(
-        "--skeleton", default="coco", help="coco (default), or a YAML file like recipes/skeletons/lsp.yaml"
+        "--format", choices=("coco", "mpii"), default="coco", help="of the annotations (default: coco)"
     )
-    prepare.add_argument("--category", help="name of the category, where several have keypoints")
+    prepare.add_argument(
+        "--skeleton", help="coco (default), mpii, or a YAML file like recipes/skeletons/lsp.yaml; format coco"
+    )
+    prepare.add_argument("--category", help="name of the category, where several have keypoints; format coco")
+    prepare.add_argument(
+        "--ground-truth", type=Path, help="HRNet's gt_valid.mat with its valid.json: head sizes for PCKh; format mpii"
+    )
     prepare.set_defaults(run=_prepare)
 
     predict = commands.add_parser("predict", help="find the keypoints of people in images")
@@ -60,21 +68,28 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from fpd_accel.data.coco import SKIPPED, prepare_coco
+    from fpd_accel.data.mpii import SKIPPED as SKIPPED_OF_MPII
+    from fpd_accel.data.mpii import prepare_mpii
     from fpd_accel.skeleton import load_skeleton
 
-    shards = prepare_coco(
-        images=arguments.images,
-        annotations=arguments.annotations,
-        output=arguments.output,
-        skeleton=load_skeleton(arguments.skeleton),
-        category=arguments.category,
-    )
+    is_mpii = arguments.format == "mpii"
+    for option in ("skeleton", "category") if is_mpii else ("ground_truth",):
+        if getattr(arguments, option) is not None:
+            raise DataError(f"--{option.replace('_', '-')} does not go with --format {arguments.format}; leave it out")
+    files = {name: getattr(arguments, name) for name in ("images", "annotations", "output")}
+    if is_mpii:
+        shards = prepare_mpii(**files, ground_truth=arguments.ground_truth)
+    else:
+        skeleton = load_skeleton(arguments.skeleton or "coco")
+        shards = prepare_coco(**files, skeleton=skeleton, category=arguments.category)
     counts = shards.description["counts"]
     say(f"{shards.path}: {counts['images']} images, {counts['people']} annotations, {counts['usable']} usable")
     for key, count in shards.description["skipped"].items():
-        say(f"  skipped {count} {SKIPPED[key]}")
+        say(f"  skipped {count} {(SKIPPED_OF_MPII if is_mpii else SKIPPED)[key]}")
     for reason, count in shards.description["unused"].items():
         say(f"  kept for evaluation only: {count} ({reason.replace('_', ' ')})")
+    if is_mpii and counts["head_sizes"] < counts["usable"]:
+        say(f"  without the size of the head, so not in PCKh: {counts['usable'] - counts['head_sizes']}")
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -20,10 +20,10 @@ from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy, decode, fuse
-from fpd_accel.geometry import box_to_region, clip_box
+from fpd_accel.geometry import box_to_region
 from fpd_accel.log import track
 from fpd_accel.losses import Losses
-from fpd_accel.metrics import average_precision, oks_nms, pck, rescore
+from fpd_accel.metrics import average_precision, mpii_scores, oks_nms, pck, rescore
 from fpd_accel.outputs import STRIDE, Output, mean_output
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def evaluate(
     if accelerator is None or accelerator.is_main_process:
         people = results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
         metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
-        metrics |= keypoint_accuracy(shards, predictions) | losses
+        metrics |= head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions) | losses
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -193,8 +193,8 @@ def regions(
     people = shards.people[rows]
     pictures = shards.images.select_columns(["width", "height"])[people["image_row"].tolist()]
     triples = zip(people["box"], pictures["width"], pictures["height"], strict=True)
-    clipped = np.stack([clip_box(box, width, height) for box, width, height in triples])
-    return box_to_region(clipped, input_size, padding=padding)
+    boxes = np.stack([shards.box_to_crop(box, width=width, height=height) for box, width, height in triples])
+    return box_to_region(boxes, input_size, padding=padding)
 
 
 def ground_truth(shards: Shards) -> dict[str, Any]:
@@ -247,3 +247,17 @@ def keypoint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, flo
         kind, lengths = "box", people["box"][:, 2:].max(axis=1)
     threshold = PCK_THRESHOLDS[kind]
     return {f"PCK_{kind}@{threshold}": pck(predictions.keypoints, truth, lengths, visible, threshold).mean}
+
+
+def head_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
+    """:func:`~fpd_accel.metrics.mpii_scores` of the people whose head size the shards know, if there are any."""
+    if not shards.has_head_sizes:
+        return {}
+    people = shards.people[predictions.rows]
+    triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
+    return mpii_scores(predictions.keypoints, triples[..., :2], people["head_size"], triples[..., 2] > 0)
+
+
+def selection_metric(shards: Shards) -> str:
+    """The metric by which the best of several networks is chosen on these people."""
+    return "PCKh@0.5" if shards.has_head_sizes else "AP"

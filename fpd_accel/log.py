@@ -187,7 +187,9 @@ class RunLog(AbstractContextManager["RunLog"]):
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
         self._metrics.write([{"kind": prefix, "step": step, **named}])
         self._scalars(named, step)
-        shown = " · ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AR", "acc", "loss") if name in metrics)
+        shown = " · ".join(
+            f"{name} {metrics[name]:.3f}" for name in ("PCKh@0.5", "AP", "AR", "acc", "loss") if name in metrics
+        )
         say(f"step {step}: {prefix} {shown}")
 
     def picture(self, name: str, image: "np.ndarray", step: int) -> None:

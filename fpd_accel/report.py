@@ -8,6 +8,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpd_accel.log import results
+from fpd_accel.metrics import MPII_GROUPS, MPII_THRESHOLDS
 from fpd_accel.model_folder import ModelConfig
 
 COLUMNS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR")
@@ -39,16 +40,23 @@ def describe_model(name: str, config: ModelConfig) -> str:
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:
-    """Print a table of networks: cost, COCO's measures, and PCK in percent."""
+    """Print a table of networks: cost, and COCO's measures with PCK, or where heads were measured MPII's."""
     table = Table(title=title, title_justify="left")
-    accuracies = [name for name in scores[0].metrics if name.startswith("PCK")]
+    columns = _columns(scores[0].metrics)
     for heading in ("", "network"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("M params", "GMACs", *COLUMNS, *accuracies):
+    for heading in ("M params", "GMACs", *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         parameters, macs = model_cost(score.config)
-        measures = [f"{score.metrics[name]:.3f}" for name in COLUMNS]
-        measures += [f"{score.metrics[name]:.1f}" for name in accuracies]
+        measures = [f"{score.metrics[name]:.{digits}f}" for _, name, digits in columns]
         table.add_row(score.name, score.config.arch, f"{parameters / 1e6:.2f}", f"{macs / 1e9:.3f}", *measures)
     results.print(table)
+
+
+def _columns(metrics: dict[str, float]) -> list[tuple[str, str, int]]:
+    """Heading, name and digits of the measures in a table. Similarity has no place in MPII's, which has no sigmas."""
+    if "PCKh@0.5" in metrics:
+        groups = [(group, f"PCKh_{group}@0.5", 2) for group in MPII_GROUPS]
+        return groups + [(name.replace(" ", "\n", 1), name, 2) for name in MPII_THRESHOLDS]
+    return [(name, name, 3) for name in COLUMNS] + [(name, name, 1) for name in metrics if name.startswith("PCK")]

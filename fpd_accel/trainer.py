@@ -23,7 +23,7 @@ from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
 from fpd_accel.errors import TrainingError
-from fpd_accel.evaluation import evaluate
+from fpd_accel.evaluation import evaluate, selection_metric
 from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
@@ -31,8 +31,6 @@ from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
-
-SELECTION = "AP"  # the metric by which best/ is chosen
 
 
 class Trainer:
@@ -79,6 +77,7 @@ class Trainer:
             self.student, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
             normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
+        self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
 
@@ -164,7 +163,7 @@ class Trainer:
         if self.average is not None:
             self.average.module.load_state_dict(load_file(checkpoint / "student_ema.safetensors"), strict=True)
         self.step, self.best_metrics = state["step"], state["best_metrics"]
-        self.best = self.best_metrics.get(SELECTION, float("-inf"))
+        self.best = self.best_metrics.get(self.selection, float("-inf"))
 
     def _batches(self) -> Iterator[Batch]:
         stream = PoseStream(
@@ -235,8 +234,8 @@ class Trainer:
             accelerator=self.accelerator,
         )
         self.log.evaluation(metrics, self.step)
-        if metrics[SELECTION] > self.best:
-            self.best, self.best_metrics = metrics[SELECTION], {"step": self.step, **metrics}
+        if metrics[self.selection] > self.best:
+            self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
             if self.accelerator.is_main_process:
                 path = self.directory / "predictions" / "valid.json"

@@ -1,4 +1,4 @@
-"""Score a model folder on prepared people by COCO's protocol.
+"""Score a model folder on prepared people by COCO's protocol, and by MPII's where head sizes are known.
 
 accelerate launch recipes/evaluate.py --model runs/quickstart/best --data runs/synthetic/valid --flip-test
 """

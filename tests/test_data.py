@@ -483,7 +483,7 @@ def test_a_dataset_of_another_format_is_refused_by_number(copied: Path) -> None:
     description["format"] = FORMAT + 1
     description["skeleton"]["something new"] = True
     (copied / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
-    with pytest.raises(DataError, match=rf"format {FORMAT + 1}, but this version reads {FORMAT}"):
+    with pytest.raises(DataError, match=rf"format {FORMAT + 1}, but this version reads 1 to {FORMAT}"):
         Shards(copied)
 
 

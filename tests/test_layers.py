@@ -17,7 +17,19 @@ LAYERS = [
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
 WITHIN = {"data", "models"}  # packages, whose own order is below
-DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "stream"]
+DATA = [
+    "batch",
+    "painting",
+    "figure",
+    "people",
+    "scene",
+    "synthetic",
+    "shards",
+    "coco",
+    "mpii_annotations",
+    "mpii",
+    "stream",
+]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {
     ("decode", "codecs"),

@@ -8,7 +8,7 @@ import yaml
 from pycocotools.cocoeval import Params
 
 from fpd_accel.errors import ConfigError
-from fpd_accel.skeleton import COCO, Skeleton, load_skeleton
+from fpd_accel.skeleton import COCO, MPII, Skeleton, load_skeleton
 
 ROOT = Path(__file__).parents[1]
 SKELETONS = sorted((ROOT / "recipes" / "skeletons").glob("*.yaml"))
@@ -65,15 +65,31 @@ def test_coco_has_the_keypoints_and_limbs_of_its_annotation_files(shared: Path) 
     assert published - drawn == necks  # lines over the face that hide it in pictures
 
 
-def test_coco_is_built_in() -> None:
+def test_mpii_has_the_published_joints_pairs_and_halves() -> None:
+    assert MPII.num_keypoints == 16
+    assert MPII.keypoints[:3] == ("right_ankle", "right_knee", "right_hip")
+    assert MPII.keypoints[6:10] == ("pelvis", "thorax", "upper_neck", "head_top")
+    assert MPII.keypoints[-3:] == ("left_shoulder", "left_elbow", "left_wrist")
+    pairs = {0: 5, 1: 4, 2: 3, 10: 15, 11: 14, 12: 13}
+    partners = {**pairs, **{b: a for a, b in pairs.items()}}
+    assert MPII.flip_index == tuple(partners.get(joint, joint) for joint in range(16))
+    assert set(MPII.upper_body_indices) == set(range(7, 16))
+    parents = [1, 2, 6, 6, 3, 4, 6, 6, 7, 8, 11, 12, 7, 7, 13, 14]  # of the published code; the pelvis is its own
+    limbs = {frozenset(pair) for pair in enumerate(parents) if pair[0] != pair[1]}
+    assert {frozenset(limb) for limb in MPII.limb_indices} == limbs
+    assert len(MPII.limbs) == 15
+
+
+def test_coco_and_mpii_are_built_in() -> None:
     assert load_skeleton("coco") is COCO
+    assert load_skeleton("mpii") is MPII
 
 
 def test_there_is_a_skeleton_file_to_start_from() -> None:
     assert "lsp.yaml" in {path.name for path in SKELETONS}
 
 
-@pytest.mark.parametrize("skeleton", [COCO, *map(load_skeleton, SKELETONS)], ids=lambda skeleton: skeleton.name)
+@pytest.mark.parametrize("skeleton", [COCO, MPII, *map(load_skeleton, SKELETONS)], ids=lambda skeleton: skeleton.name)
 def test_mirroring_twice_changes_nothing_and_exchanges_left_and_right(skeleton: Skeleton) -> None:
     index = skeleton.flip_index
     assert [index[k] for k in index] == list(range(skeleton.num_keypoints))
@@ -145,6 +161,6 @@ def test_a_file_that_is_no_skeleton_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_skeleton_that_does_not_exist_is_refused_with_advice(tmp_path: Path) -> None:
-    assert "no such skeleton; give 'coco' or a YAML file" in refusal(tmp_path / "nothing.yaml")
+    assert "no such skeleton; give 'coco', 'mpii' or a YAML file" in refusal(tmp_path / "nothing.yaml")
     refusal(tmp_path)
     refusal("COCO")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fpd_accel.data.shards import Shards, ShardWriter, decode_image
+from fpd_accel.data.shards import Shards, ShardWriter, read_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import clip_box
 from fpd_accel.log import track
@@ -74,13 +74,22 @@ def prepare_coco(
     return Shards(output)
 
 
-def _read(path: Path) -> Record:
+def read_annotations(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: there is no such file, or it is not JSON.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file")
     try:
-        dataset = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _read(path: Path) -> Record:
+    dataset = read_annotations(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file: it has no list {key!r}")
@@ -192,16 +201,10 @@ def _images(
 
 
 def _load_image(path: Path, image: Record) -> tuple[str | None, bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return "image_missing", b""
-    pixels = decode_image(data)
-    if pixels is None:
-        return "image_corrupt", b""
-    if pixels.shape[:2] != (image["height"], image["width"]):
+    problem, data, size = read_image(path)
+    if problem is None and size != (image["height"], image["width"]):
         return "image_size", b""
-    return None, data
+    return problem, data
 
 
 def _rows(

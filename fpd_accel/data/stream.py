@@ -20,7 +20,7 @@ from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 
 
 def epoch_order(people: int, seed: int, epoch: int, *, source: int = 0) -> np.ndarray:
@@ -156,7 +156,9 @@ class PoseStream(IterableDataset[Batch]):
 
     def _geometry(self, person: Person) -> Geometry:
         height, width = person.pixels.shape[:2]
-        center, size = box_to_region(clip_box(person.box, width, height), self.input_size, padding=self.padding)
+        shards = self.sources[person.place.source].shards
+        box = shards.box_to_crop(person.box, width=width, height=height)
+        center, size = box_to_region(box, self.input_size, padding=self.padding)
         if self.augment is None:
             return Geometry(center, size)
         place = person.place
