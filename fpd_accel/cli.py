@@ -30,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--skeleton", default="coco", help="coco (default), or a YAML file like recipes/skeletons/lsp.yaml"
     )
     prepare.add_argument("--category", help="name of the category, where several have keypoints")
+    prepare.add_argument(
+        "--keep-empty-images",
+        action="store_true",
+        help="keep images without an annotated person: what a detector finds there counts against it (COCO's protocol)",
+    )
     prepare.set_defaults(run=_prepare)
 
     predict = commands.add_parser("predict", help="find the keypoints of people in images")
@@ -68,6 +73,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         skeleton=load_skeleton(arguments.skeleton),
         category=arguments.category,
+        keep_empty_images=arguments.keep_empty_images,
     )
     counts = shards.description["counts"]
     say(f"{shards.path}: {counts['images']} images, {counts['people']} annotations, {counts['usable']} usable")

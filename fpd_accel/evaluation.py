@@ -1,8 +1,9 @@
 """A network and a set of people -> metrics. The protocol of the published implementation, on any number of ranks.
 
-Crop each person's box, average the heatmaps with those of the mirrored crop (moved right by one cell), take the maximum
-and a quarter step towards its higher neighbour, map it back to the image, score a person by box score times mean score
-of confident keypoints, drop near-duplicates of an image by OKS, and let pycocotools compute AP and AR.
+Crop each person's box, annotated or a detector's, average the heatmaps with those of the mirrored crop (moved right by
+one cell), take the maximum and a quarter step towards its higher neighbour, map it back to the image, score a person by
+box score times mean score of confident keypoints, drop near-duplicates of an image by OKS, and let pycocotools compute
+AP and AR.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from fpd_accel.config import Evaluate
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.detections import SKIPPED, Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import decode_heatmaps, fuse_flip, heatmap_accuracy
-from fpd_accel.geometry import box_to_region, clip_box
-from fpd_accel.log import track
+from fpd_accel.geometry import box_to_region
+from fpd_accel.log import say, track, warn
 from fpd_accel.losses import Losses
-from fpd_accel.metrics import average_precision, oks_nms, pck, rescore
+from fpd_accel.metrics import average_precision, oks_nms, pck, rescore, soft_oks_nms
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,13 +58,21 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of a network on every usable person of the shards, and the people it found in COCO's result format.
 
+    With a detector's boxes (``options.boxes``, or :class:`Detections` for shards) AP and AR count whatever was found
+    around them against everybody annotated. Nobody says whom a box shows, so there are no losses and no PCK then.
+
     Args:
         model: from normalised images to a tuple of heatmaps; left in evaluation mode.
         input_size: (height, width) of a crop.
         compare: the objective; with it, the mean losses and the training accuracy are among the metrics.
         accelerator: where there are several ranks, each takes its share of the people and all get the metrics.
+
+    Raises:
+        DataError: the boxes cannot be used.
     """
     options = options or Evaluate()
+    shards = with_boxes(shards, options)
+    labelled = not isinstance(shards, Detections)
     predictions, losses = predict(
         model,
         shards,
@@ -70,7 +80,7 @@ def evaluate(
         normalization=normalization or Normalization(),
         padding=padding,
         options=options,
-        compare=compare,
+        compare=compare if labelled else None,
         workers=workers,
         accelerator=accelerator,
     )
@@ -79,12 +89,42 @@ def evaluate(
     if accelerator is None or accelerator.is_main_process:
         people = results(shards, predictions, options=options, input_size=input_size, padding=padding)
         metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
-        metrics |= keypoint_accuracy(shards, predictions) | losses
+        metrics |= crowding(shards, predictions, people)
+        if labelled:
+            metrics |= keypoint_accuracy(shards, predictions) | losses
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
         metrics, people = broadcast_object_list([metrics, people])
     return metrics, people
+
+
+def with_boxes(shards: Shards, options: Evaluate) -> Shards:
+    """The shards with the boxes of ``options.boxes`` in place of the annotated ones, if it names a file.
+
+    Says what was taken and what was not; shards that have a detector's boxes already are returned as they are.
+
+    Raises:
+        DataError: the boxes cannot be used.
+    """
+    if options.boxes is None or isinstance(shards, Detections):
+        return shards
+    detections = Detections(shards, options.boxes, threshold=options.box_threshold)
+    say(
+        f"{options.boxes}: {len(detections)} boxes with scores from {options.box_threshold:g} on, in "
+        f"{detections.num_images} of the {len(detections.images)} images of {shards.path}"
+    )
+    for reason, count in detections.skipped.items():
+        say(f"  skipped {count} {SKIPPED[reason]}")
+    if unknown := detections.skipped.get("unknown_image"):
+        dropped = shards.description["skipped"].get("image_empty", 0)
+        warn(
+            f"{unknown} boxes are of images that {shards.path} does not have"
+            + (f" ({dropped} images without an annotated person were left out when it was prepared)" if dropped else "")
+            + "; COCO's protocol counts what is found there as false alarms, so AP is optimistic: for the exact "
+            "protocol prepare the images with --keep-empty-images"
+        )
+    return detections
 
 
 @torch.no_grad()
@@ -139,7 +179,10 @@ def _gather(parts: Iterable[Tensor], accelerator: "Accelerator | None") -> np.nd
 def results(
     shards: Shards, predictions: Predictions, *, options: Evaluate, input_size: tuple[int, int], padding: float = 1.25
 ) -> list[dict[str, Any]]:
-    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image)."""
+    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image), best of an image first.
+
+    Soft suppression chooses whom to keep by decayed scores, but as in the published code the score of a person stays.
+    """
     people = shards.people[predictions.rows]
     sizes = regions(shards, predictions.rows, input_size, padding)[1]
     areas = sizes.prod(axis=1)  # of the padded region, as the published code takes it
@@ -147,15 +190,28 @@ def results(
     found = []
     for image in np.unique(people["image_id"]):
         members = np.flatnonzero(people["image_id"] == image)
-        kept = oks_nms(
-            predictions.keypoints[members],
-            scores[members],
-            areas[members],
-            options.nms_threshold,
-            shards.skeleton.sigmas,
-        )
+        own = (predictions.keypoints[members], scores[members], areas[members])
+        match options.nms:
+            case "hard":
+                kept = oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
+            case "soft":
+                kept = soft_oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
+            case "none":
+                kept = np.argsort(-scores[members], kind="stable")
         found += [_result(int(image), predictions, int(member), float(scores[member])) for member in members[kept]]
     return found
+
+
+def crowding(shards: Shards, predictions: Predictions, people: list[dict[str, Any]]) -> dict[str, float]:
+    """What the scores of a protocol hang on: people per image with people, before and after NMS, and their scores."""
+    images = len(np.unique(shards.people[predictions.rows]["image_id"]))
+    scores = [person["score"] for person in people]
+    return {
+        "people_per_image_before_nms": len(predictions.rows) / images,
+        "people_per_image": len(people) / images,
+        "score_min": min(scores),
+        "score_max": max(scores),
+    }
 
 
 def _result(image_id: int, predictions: Predictions, person: int, score: float) -> dict[str, Any]:
@@ -175,13 +231,13 @@ def regions(
     people = shards.people[rows]
     pictures = shards.images.select_columns(["width", "height"])[people["image_row"].tolist()]
     triples = zip(people["box"], pictures["width"], pictures["height"], strict=True)
-    clipped = np.stack([clip_box(box, width, height) for box, width, height in triples])
-    return box_to_region(clipped, input_size, padding=padding)
+    boxes = np.stack([shards.box_to_crop(box, width=width, height=height) for box, width, height in triples])
+    return box_to_region(boxes, input_size, padding=padding)
 
 
 def ground_truth(shards: Shards) -> dict[str, Any]:
     """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too."""
-    people = shards.people[:]
+    people = shards.annotated.people[:]
     annotations = [
         {
             "id": int(people["id"][i]),

@@ -1,12 +1,16 @@
-"""What networks cost and what they scored, as tables."""
+"""What networks cost, what they scored and by which protocol, as tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from fpd_accel.config import Evaluate
+from fpd_accel.data.detections import Detections
+from fpd_accel.data.shards import Shards
 from fpd_accel.log import results
 from fpd_accel.model_folder import ModelConfig
 from fpd_accel.models import create_model
@@ -39,17 +43,54 @@ def describe_model(name: str, config: ModelConfig) -> str:
     return f"{name}: {config.arch}, {parameters / 1e6:.3f} M parameters, {macs / 1e9:.3f} G multiply-adds per person"
 
 
+def protocol(shards: Shards, options: Evaluate) -> dict[str, Any]:
+    """How people are found and counted: what has to be the same for two scores to be compared."""
+    record: dict[str, Any] = {"images": len(shards.images), "boxes": "ground truth", "people": len(shards)}
+    if isinstance(shards, Detections):
+        record |= {
+            "boxes": shards.file.name,
+            "box_threshold": shards.threshold,
+            "images_with_boxes": shards.num_images,
+            "skipped_boxes": shards.skipped,
+        }
+    record |= {"flip_test": options.flip_test, "nms": options.nms}
+    return record if options.nms == "none" else record | {"nms_threshold": options.nms_threshold}
+
+
+def describe_protocol(shards: Shards, options: Evaluate) -> str:
+    """:func:`protocol` in words, for the title of a table."""
+    people = f"{len(shards)} people in {len(shards.images)} images of {shards.path}, ground-truth boxes"
+    if isinstance(shards, Detections):
+        skipped = shards.skipped.get("unknown_image", 0)
+        people = (
+            f"{len(shards)} detector boxes (score >= {shards.threshold:g}) of {shards.file.name} in "
+            f"{shards.num_images} of {len(shards.images)} images of {shards.path}"
+            + (f", {skipped} boxes of other images left out" if skipped else "")
+        )
+    suppression = {
+        "hard": f"OKS-NMS {options.nms_threshold:g}",
+        "soft": f"soft OKS-NMS {options.nms_threshold:g}",
+        "none": "no NMS",
+    }[options.nms]
+    return f"{people}; flip test {'on' if options.flip_test else 'off'}, {suppression}"
+
+
 def show_scores(title: str, scores: Sequence[Score]) -> None:
-    """Print a table of networks: cost, COCO's measures, and PCK in percent."""
+    """Print a table of networks: cost, COCO's measures, PCK in percent, people per image before and after NMS."""
     table = Table(title=title, title_justify="left")
     accuracies = [name for name in scores[0].metrics if name.startswith("PCK")]
     for heading in ("", "network"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("M params", "GMACs", *COLUMNS, *accuracies):
+    crowded = all("people_per_image" in score.metrics for score in scores)  # runs begun before this was measured
+    for heading in ("M params", "GMACs", *COLUMNS, *accuracies, *(("people/image", "scores") if crowded else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         parameters, macs = model_cost(score.config)
         measures = [f"{score.metrics[name]:.3f}" for name in COLUMNS]
         measures += [f"{score.metrics[name]:.1f}" for name in accuracies]
+        if crowded:
+            before, after = score.metrics["people_per_image_before_nms"], score.metrics["people_per_image"]
+            measures += [f"{before:.1f} → {after:.1f}"]
+            measures += [f"{score.metrics['score_min']:.3f} … {score.metrics['score_max']:.3f}"]
         table.add_row(score.name, score.config.arch, f"{parameters / 1e6:.2f}", f"{macs / 1e9:.3f}", *measures)
     results.print(table)

@@ -27,6 +27,7 @@ from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
+from fpd_accel.report import protocol
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
 
@@ -218,7 +219,7 @@ class Trainer:
             workers=self.recipe.data.workers,
             accelerator=self.accelerator,
         )
-        self.log.evaluation(metrics, self.step)
+        self.log.evaluation(metrics, self.step, protocol=protocol(self.valid_shards, self.recipe.evaluate))
         if metrics[SELECTION] > self.best:
             self.best, self.best_metrics = metrics[SELECTION], {"step": self.step, **metrics}
             self._save_model("best")

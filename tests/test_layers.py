@@ -17,7 +17,7 @@ LAYERS = [
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
 WITHIN = {"data", "models"}  # packages, whose own order is below
-DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "stream"]
+DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "detections", "stream"]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {("model_folder", "data"), ("model_folder", "weights"), ("teacher", "data"), ("visualize", "data")}
 

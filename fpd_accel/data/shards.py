@@ -24,6 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as Sequence
 
 from fpd_accel.errors import DataError
+from fpd_accel.geometry import clip_box
 from fpd_accel.skeleton import Skeleton
 
 FORMAT = 1
@@ -114,6 +115,15 @@ class Shards:
         column = self.people.data.column("unused")
         return np.flatnonzero(np.concatenate([chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks]))
 
+    @property
+    def annotated(self) -> "Shards":
+        """The shards whose people are the ground truth: these."""
+        return self
+
+    def box_to_crop(self, box: np.ndarray, *, width: int, height: int) -> np.ndarray:
+        """The box around which an image of this size is cropped: annotated ones are cut to the image."""
+        return clip_box(box, width, height)
+
     def __len__(self) -> int:
         return len(self.usable)
 
@@ -170,7 +180,9 @@ class ShardWriter:
                 self.digest.update(repr((record["id"], record["box"].tolist(), record["keypoints"].tolist())).encode())
                 yield record
 
-        if self.image_rows:
+        first = next(records, None) if self.image_rows else None
+        if first is not None:  # as above
+            records = itertools.chain([first], records)
             self._save("people", counted(), people_features(self.skeleton.num_keypoints))
 
     def finish(self, *, source: dict[str, str], skipped: dict[str, int]) -> None:

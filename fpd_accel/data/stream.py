@@ -17,7 +17,7 @@ from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 
 
 def epoch_order(people: int, seed: int, epoch: int) -> np.ndarray:
@@ -103,7 +103,8 @@ class PoseStream(IterableDataset[Batch]):
         return epoch, int(self.shards.usable[self._order[1][position]])
 
     def _geometry(self, epoch: int, row: int, box: np.ndarray, triples: np.ndarray, shape: tuple[int, ...]) -> Geometry:
-        center, size = box_to_region(clip_box(box, shape[1], shape[0]), self.input_size, padding=self.padding)
+        box = self.shards.box_to_crop(box, width=shape[1], height=shape[0])
+        center, size = box_to_region(box, self.input_size, padding=self.padding)
         if self.augment is None:
             return Geometry(center, size)
         return draw_geometry(
