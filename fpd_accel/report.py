@@ -76,21 +76,26 @@ def describe_protocol(shards: Shards, options: Evaluate) -> str:
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:
-    """Print a table of networks: cost, COCO's measures, PCK in percent, people per image before and after NMS."""
+    """Print a table of networks: cost, COCO's measures and PCK in percent; below it how many people they come from."""
     table = Table(title=title, title_justify="left")
     accuracies = [name for name in scores[0].metrics if name.startswith("PCK")]
     for heading in ("", "network"):
         table.add_column(heading, no_wrap=True)
-    crowded = all("people_per_image" in score.metrics for score in scores)  # runs begun before this was measured
-    for heading in ("M params", "GMACs", *COLUMNS, *accuracies, *(("people/image", "scores") if crowded else ())):
+    for heading in ("M params", "GMACs", *COLUMNS, *accuracies):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
         parameters, macs = model_cost(score.config)
         measures = [f"{score.metrics[name]:.3f}" for name in COLUMNS]
         measures += [f"{score.metrics[name]:.1f}" for name in accuracies]
-        if crowded:
-            before, after = score.metrics["people_per_image_before_nms"], score.metrics["people_per_image"]
-            measures += [f"{before:.1f} → {after:.1f}"]
-            measures += [f"{score.metrics['score_min']:.3f} … {score.metrics['score_max']:.3f}"]
         table.add_row(score.name, score.config.arch, f"{parameters / 1e6:.2f}", f"{macs / 1e9:.3f}", *measures)
     results.print(table)
+    for score in scores:
+        if "people_per_image" in score.metrics:  # not in those of a run that was begun before it was measured
+            results.print(f"{score.name}: {_describe_people(score.metrics)}", soft_wrap=True, markup=False)
+
+
+def _describe_people(metrics: dict[str, float]) -> str:
+    return (
+        f"{metrics['people_per_image_before_nms']:.2f} people per image with boxes before NMS, "
+        f"{metrics['people_per_image']:.2f} after; scores {metrics['score_min']:.3f} to {metrics['score_max']:.3f}"
+    )

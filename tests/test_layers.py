@@ -11,7 +11,7 @@ LAYERS = [
     {"codecs", "decode", "losses", "models"},
     {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict"},
+    {"run_directory", "trainer", "predict", "detect"},
     {"run"},
     {"cli"},
 ]
