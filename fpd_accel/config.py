@@ -130,6 +130,9 @@ class Evaluate(Section):
     batch: Positive = 32  # people per forward on one rank
     flip_test: bool = True  # average with the mirrored image's heatmaps
     flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (
+        1.0,
+    )  # of the region cropped; the mean of their heatmaps counts
     boxes: str | None = None  # a detector's boxes in data.valid's images, COCO result JSON; None: the annotated boxes
     box_threshold: float = 0.0  # detector's score from which on a box is used
     nms: Literal["hard", "soft", "none"] = "hard"  # what becomes of several poses of one person, by OKS
@@ -393,6 +396,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    if 1.0 not in recipe.evaluate.scales or len(set(recipe.evaluate.scales)) < len(recipe.evaluate.scales):
+        mistakes.append(f"evaluate.scales: {list(recipe.evaluate.scales)}: 1.0 has to be among them, and each once")
     if recipe.evaluate.boxes is not None and recipe.data.valid is None:
         mistakes.append("evaluate.boxes: there is nobody to evaluate on; set data.valid to the shards of these images")
     if recipe.evaluate.nms == "soft" and recipe.evaluate.nms_threshold == 0:

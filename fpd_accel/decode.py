@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from fpd_accel.errors import UserError
 
@@ -106,6 +107,32 @@ def fuse_flip(
     """The mean of the heatmaps of an image and, mapped back by :func:`flip_back`, those of its mirror image."""
     mirrored = flip_back(flipped, flip_index, shift=shift)
     return 0.5 * (heatmaps.to(torch.float32) + mirrored.to(torch.float32))
+
+
+def fuse_scales(
+    heatmaps: Sequence[Float[Tensor, "batch joint height width"]], scales: Sequence[float]
+) -> Float32[Tensor, "batch joint height width"]:
+    """The mean, in the cells of the region at scale 1, of heatmaps of regions ``scales`` times as large, of one centre.
+
+    As multi-scale testing of networks for one person goes (Yang et al., Learning Feature Pyramids, ICCV 2017). A cell
+    that a smaller region does not show is the mean of those that do.
+    """
+    if tuple(scales) == (1.0,):
+        return heatmaps[0].to(torch.float32)
+    total = torch.zeros_like(heatmaps[0], dtype=torch.float32)
+    covered = torch.zeros_like(total)
+    for maps, scale in zip(heatmaps, scales, strict=True):
+        height, width = maps.shape[-2:]
+        # The centre of a region is at width / 2 of its cells, as in decode_heatmaps.
+        x, y = ((torch.arange(side, device=maps.device) - side / 2) / scale + side / 2 for side in (width, height))
+        grid = torch.stack(torch.meshgrid(2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1, indexing="xy"), dim=-1)
+        sampled = F.grid_sample(
+            maps.to(torch.float32), grid.expand(len(maps), -1, -1, -1), padding_mode="border", align_corners=True
+        )
+        shown = ((x >= -0.5) & (x <= width - 0.5)) & ((y >= -0.5) & (y <= height - 0.5))[:, None]
+        total += sampled * shown
+        covered += shown
+    return total / covered
 
 
 def heatmap_accuracy(

@@ -20,7 +20,7 @@ from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.detections import SKIPPED, Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
-from fpd_accel.decode import decode_heatmaps, fuse_flip, heatmap_accuracy
+from fpd_accel.decode import decode_heatmaps, fuse_flip, fuse_scales, heatmap_accuracy
 from fpd_accel.geometry import box_to_region
 from fpd_accel.log import say, track, warn
 from fpd_accel.losses import Losses
@@ -143,25 +143,35 @@ def predict(
     """Keypoints of every usable person, each once, gathered from all ranks; with an objective, the mean losses too."""
     device = next(model.parameters()).device
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    stream = PoseStream(
-        shards, input_size=input_size, batch_size=options.batch, padding=padding, rank=rank, ranks=ranks
-    )
+    streams = [
+        PoseStream(
+            shards, input_size=input_size, batch_size=options.batch, padding=padding * scale, rank=rank, ranks=ranks
+        )
+        for scale in options.scales
+    ]
+    loaders = [make_loader(stream, workers, device) for stream in streams]
     rows, keypoints, scores, losses = [], [], [], []
     model.eval()
-    for batch in track(make_loader(stream, workers, device), "evaluating", total=len(stream)):
-        batch = batch.to(device)
-        images = normalization(batch.crops)
-        stages = model(images)
-        heatmaps = stages[-1].float()
-        if compare is not None:
-            terms = compare(stages, batch)
-            accuracy = heatmap_accuracy(heatmaps, terms.target)
-            losses.append(torch.stack([terms.total, terms.pose, terms.kd, accuracy]))
-        if options.flip_test:
-            mirrored = model(images.flip(-1))[-1].float()
-            heatmaps = fuse_flip(heatmaps, mirrored, shards.skeleton.flip_index, shift=options.flip_shift)
-        found, confidence = decode_heatmaps(heatmaps, batch.centers, batch.sizes, refine="quarter")
-        rows.append(batch.rows)
+    for batches in track(zip(*loaders, strict=True), "evaluating", total=len(streams[0])):
+        maps = []
+        for scale, crops in zip(options.scales, batches, strict=True):
+            batch = crops.to(device)
+            images = normalization(batch.crops)
+            stages = model(images)
+            heatmaps = stages[-1].float()
+            if scale == 1.0:
+                whole = batch
+            if compare is not None and scale == 1.0:
+                terms = compare(stages, batch)
+                accuracy = heatmap_accuracy(heatmaps, terms.target)
+                losses.append(torch.stack([terms.total, terms.pose, terms.kd, accuracy]))
+            if options.flip_test:
+                mirrored = model(images.flip(-1))[-1].float()
+                heatmaps = fuse_flip(heatmaps, mirrored, shards.skeleton.flip_index, shift=options.flip_shift)
+            maps.append(heatmaps)
+        fused = fuse_scales(maps, options.scales)
+        found, confidence = decode_heatmaps(fused, whole.centers, whole.sizes, refine="quarter")
+        rows.append(whole.rows)
         keypoints.append(found)
         scores.append(confidence)
     gathered = [_gather(parts, accelerator) for parts in (rows, keypoints, scores)]

@@ -53,7 +53,7 @@ def protocol(shards: Shards, options: Evaluate) -> dict[str, Any]:
             "images_with_boxes": shards.num_images,
             "skipped_boxes": shards.skipped,
         }
-    record |= {"flip_test": options.flip_test, "nms": options.nms}
+    record |= {"flip_test": options.flip_test, "scales": list(options.scales), "nms": options.nms}
     return record if options.nms == "none" else record | {"nms_threshold": options.nms_threshold}
 
 
@@ -72,7 +72,8 @@ def describe_protocol(shards: Shards, options: Evaluate) -> str:
         "soft": f"soft OKS-NMS {options.nms_threshold:g}",
         "none": "no NMS",
     }[options.nms]
-    return f"{people}; flip test {'on' if options.flip_test else 'off'}, {suppression}"
+    scales = "" if options.scales == (1.0,) else f", scales {' '.join(f'{scale:g}' for scale in options.scales)}"
+    return f"{people}; flip test {'on' if options.flip_test else 'off'}{scales}, {suppression}"
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:

@@ -231,9 +231,11 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         if self.accelerator.is_main_process:
             model = self.bare if self.average is None else self.average.module
-            source = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
-            scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
-            config = self.model_config.model_copy(update={"source": {**source, "valid": scores}})
+            source: dict[str, Any] = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
+            source["valid"] = scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
+            if scores and self.valid_shards is not None:
+                source["protocol"] = protocol(self.valid_shards, self.recipe.evaluate)
+            config = self.model_config.model_copy(update={"source": source})
             save_model(self.directory / name, model.state_dict(), config)
 
     def _save(self) -> None:

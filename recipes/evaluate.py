@@ -27,6 +27,13 @@ def main() -> int:
     parser.add_argument("--box-threshold", type=float, default=0.0, help="lowest score of a box to use (default: 0)")
     parser.add_argument("--nms", choices=("hard", "soft", "none"), default="hard", help="OKS-NMS (default: hard)")
     parser.add_argument("--nms-threshold", type=float, default=0.9, help="OKS, 0 to 1 (default: 0.9)")
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="of the region cropped, 1 among them; heatmaps are averaged",
+    )
     parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=True, help="default: on")
     parser.add_argument("--batch", type=int, default=32, help="people per forward on one rank (default: 32)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
@@ -39,7 +46,10 @@ def main() -> int:
         parser.error("--box-threshold is a finite number")
     if not 0 < arguments.nms_threshold <= 1:
         parser.error("--nms-threshold is above 0 and at most 1")
+    if 1.0 not in arguments.scales or not all(0 < scale < math.inf for scale in arguments.scales):
+        parser.error("--scales are positive numbers, 1 among them")
     options = Evaluate(
+        scales=tuple(arguments.scales),
         flip_test=arguments.flip_test,
         batch=arguments.batch,
         boxes=arguments.boxes,

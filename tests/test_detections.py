@@ -496,14 +496,15 @@ def test_the_protocol_is_said_with_every_number(
 
 def test_the_record_says_which_boxes(shards: Shards, detections: Detections) -> None:
     assert protocol(shards, Evaluate()) == {
-        "images": 6, "boxes": "ground truth", "people": len(shards), "flip_test": True, "nms": "hard",
+        "images": 6, "boxes": "ground truth", "people": len(shards), "flip_test": True, "scales": [1.0], "nms": "hard",
         "nms_threshold": 0.9,
     }  # fmt: skip
     assert protocol(detections, Evaluate(nms="none", flip_test=False)) == {
         "images": 6, "boxes": "boxes.json", "people": 7, "box_threshold": 0.0, "images_with_boxes": 3,
-        "skipped_boxes": {}, "flip_test": False, "nms": "none",
+        "skipped_boxes": {}, "flip_test": False, "scales": [1.0], "nms": "none",
     }  # fmt: skip
     assert "ground-truth boxes; flip test on, OKS-NMS 0.9" in describe_protocol(shards, Evaluate())
+    assert "flip test on, scales 1 1.2, OKS" in describe_protocol(shards, Evaluate(scales=(1.0, 1.2)))
     assert "no NMS" in describe_protocol(shards, Evaluate(nms="none"))
 
 
@@ -525,6 +526,8 @@ def test_a_run_evaluates_on_a_detectors_boxes_and_records_it(
     assert record["protocol"]["people"] == len(shards)
     assert record["protocol"]["skipped_boxes"] == {"unknown_image": 1}
     assert record["valid_people_per_image_before_nms"] == pytest.approx(len(shards) / 6)
+    source = json.loads((tmp_path / "tiny" / "best" / "config.json").read_bytes())["source"]
+    assert source["protocol"] == record["protocol"]
     assert "valid_loss" not in record
     assert "valid_AP" in record
 
@@ -534,6 +537,9 @@ def test_a_run_evaluates_on_a_detectors_boxes_and_records_it(
     [
         ({"boxes": "nowhere.json"}, "evaluate.boxes: nowhere.json: no such file; `fpd-accel detect` writes one"),
         ({"nms": "soft", "nms_threshold": 0}, "evaluate.nms_threshold: 0"),
+        ({"scales": [0.9, 1.1]}, "evaluate.scales: [0.9, 1.1]: 1.0 has to be among them"),
+        ({"scales": [1.0, 1.0]}, "evaluate.scales: [1.0, 1.0]"),
+        ({"scales": [1.0, 0.0]}, "evaluate.scales"),
         ({"nms": "weak"}, "evaluate.nms: 'weak' is not a choice"),
         ({"box_threshold": float("nan")}, "evaluate.box_threshold"),
     ],

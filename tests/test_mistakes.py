@@ -421,7 +421,12 @@ def test_a_model_of_an_architecture_that_does_not_exist_is_refused(
     ],
 )
 def test_boxes_that_cannot_be_used_are_refused(
-    terminal: Terminal, tiny_valid: Path, model_folder: Callable[..., Path], tmp_path: Path, content: str, words: str
+    terminal: Terminal,
+    tiny_valid: Path,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    content: str | None,
+    words: str,
 ) -> None:
     boxes, output = tmp_path / "boxes.json", tmp_path / "people.json"
     if content is not None:
@@ -438,6 +443,8 @@ def test_boxes_that_cannot_be_used_are_refused(
         (["--nms-threshold", "1.5"], "--nms-threshold is above 0 and at most 1"),
         (["--nms-threshold", "nan"], "--nms-threshold is above 0 and at most 1"),
         (["--box-threshold", "inf"], "--box-threshold is a finite number"),
+        (["--scales", "0.9", "1.1"], "--scales are positive numbers, 1 among them"),
+        (["--scales", "1", "nan"], "--scales are positive numbers, 1 among them"),
         (["--nms", "weak"], "invalid choice: 'weak'"),
     ],
 )
