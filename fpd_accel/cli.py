@@ -38,14 +38,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare.add_argument(
         "--ground-truth", type=Path, help="HRNet's gt_valid.mat with its valid.json: head sizes for PCKh; format mpii"
     )
+    prepare.add_argument(
+        "--keep-empty-images",
+        action="store_true",
+        help="keep images without an annotated person: what a detector finds there counts against it (COCO's protocol)",
+    )
     prepare.set_defaults(run=_prepare)
+
+    detect = commands.add_parser("detect", help="find the boxes of people in a folder of images")
+    detect.add_argument("images", type=Path, help="folder of the images")
+    detect.add_argument("--output", type=Path, required=True, help="JSON to write: COCO's result format")
+    detect.add_argument(
+        "--annotations", type=Path, help="COCO JSON with the ids of the images; default: the number in each file name"
+    )
+    detect.add_argument(
+        "--weights",
+        type=Path,
+        help="of torchvision's fasterrcnn_resnet50_fpn_v2 (default: download the published ones)",
+    )
+    detect.add_argument("--threshold", type=float, default=0.05, help="lowest score of a box (default: 0.05)")
+    detect.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    detect.add_argument(
+        "--batch", type=int, default=1, help="images per forward (default: 1); padding moves boxes a little"
+    )
+    detect.set_defaults(run=_detect)
 
     predict = commands.add_parser("predict", help="find the keypoints of people in images")
     predict.add_argument("images", nargs="+", type=Path, help="image files")
     predict.add_argument("--model", required=True, help="model folder, such as runs/quickstart/best")
     predict.add_argument("--output", type=Path, required=True, help="folder for keypoints.json and overlays")
     predict.add_argument(
-        "--boxes", type=Path, help="JSON: file name -> [[x, y, width, height], ...]; default: whole images"
+        "--boxes",
+        type=Path,
+        help="what `fpd-accel detect` wrote, or JSON: file name -> [[x, y, width, height], ...]; default: whole images",
     )
     predict.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     predict.set_defaults(run=_predict)
@@ -73,15 +98,17 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from fpd_accel.skeleton import load_skeleton
 
     is_mpii = arguments.format == "mpii"
-    for option in ("skeleton", "category") if is_mpii else ("ground_truth",):
-        if getattr(arguments, option) is not None:
+    for option in ("skeleton", "category", "keep_empty_images") if is_mpii else ("ground_truth",):
+        if getattr(arguments, option) not in (None, False):
             raise DataError(f"--{option.replace('_', '-')} does not go with --format {arguments.format}; leave it out")
     files = {name: getattr(arguments, name) for name in ("images", "annotations", "output")}
     if is_mpii:
         shards = prepare_mpii(**files, ground_truth=arguments.ground_truth)
     else:
         skeleton = load_skeleton(arguments.skeleton or "coco")
-        shards = prepare_coco(**files, skeleton=skeleton, category=arguments.category)
+        shards = prepare_coco(
+            **files, skeleton=skeleton, category=arguments.category, keep_empty_images=arguments.keep_empty_images
+        )
     counts = shards.description["counts"]
     say(f"{shards.path}: {counts['images']} images, {counts['people']} annotations, {counts['usable']} usable")
     for key, count in shards.description["skipped"].items():
@@ -90,6 +117,26 @@ def _prepare(arguments: argparse.Namespace) -> None:
         say(f"  kept for evaluation only: {count} ({reason.replace('_', ' ')})")
     if is_mpii and counts["head_sizes"] < counts["usable"]:
         say(f"  without the size of the head, so not in PCKh: {counts['usable'] - counts['head_sizes']}")
+
+
+def _detect(arguments: argparse.Namespace) -> None:
+    from fpd_accel.detect import detect_people
+
+    if not 0 <= arguments.threshold < 1:
+        raise DataError(f"--threshold {arguments.threshold}: a score is from 0 up to 1")
+    if arguments.batch < 1:
+        raise DataError(f"--batch {arguments.batch}: at least 1 image")
+    boxes = detect_people(
+        arguments.images,
+        arguments.output,
+        annotations=arguments.annotations,
+        weights=arguments.weights,
+        threshold=arguments.threshold,
+        device=arguments.device,
+        batch=arguments.batch,
+    )
+    images = len({box["image_id"] for box in boxes})
+    say(f"{arguments.output}: {len(boxes)} people with scores from {arguments.threshold:g} on, in {images} images")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -118,12 +165,30 @@ def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
         boxes = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
+    if isinstance(boxes, list):
+        return _detected_boxes(path)
     if not isinstance(boxes, dict) or any(
         not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box)
         for entry in boxes.values()
         for box in entry
     ):
         raise DataError(f"{path}: wanted a mapping from file name to a list of [x, y, width, height]")
+    return boxes
+
+
+def _detected_boxes(path: Path) -> dict[str, list[list[float]]]:
+    """Boxes of people by file name, from COCO's result format with the names that `fpd-accel detect` adds to it."""
+    from fpd_accel.data.detections import PERSON, read_detections
+
+    boxes: dict[str, list[list[float]]] = {}
+    for detection in read_detections(path):
+        if "file_name" not in detection:
+            raise DataError(
+                f"{path}: its boxes have no file_name, so nothing says of which image they are; `fpd-accel detect` "
+                "writes it beside image_id"
+            )
+        if detection["category_id"] == PERSON and min(detection["bbox"][2:]) > 0:
+            boxes.setdefault(Path(detection["file_name"]).name, []).append(detection["bbox"])
     return boxes
 
 

@@ -149,7 +149,13 @@ class Evaluate(Section):
     flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does; not udp
     refine: Literal["none", "quarter", "dark"] | None = None  # step below a cell; None: the codec's own
     stages: Literal["last", "mean"] = "last"  # of a network with several
-    nms_threshold: Fraction = 0.9  # OKS above which the lower-scored of two people is dropped
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (
+        1.0,
+    )  # of the region cropped; the mean of their heatmaps counts
+    boxes: str | None = None  # a detector's boxes in data.valid's images, COCO result JSON; None: the annotated boxes
+    box_threshold: float = 0.0  # detector's score from which on a box is used
+    nms: Literal["hard", "soft", "none"] = "hard"  # what becomes of several poses of one person, by OKS
+    nms_threshold: Fraction = 0.9  # hard: OKS above which the lower-scored of two poses is dropped; soft: of the decay
     keypoint_threshold: Fraction = 0.2  # heatmap score above which a keypoint counts in a person's score
     teacher: bool = True  # evaluate the teacher too, once, for the table at the end
 
@@ -416,6 +422,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    if 1.0 not in recipe.evaluate.scales or len(set(recipe.evaluate.scales)) < len(recipe.evaluate.scales):
+        mistakes.append(f"evaluate.scales: {list(recipe.evaluate.scales)}: 1.0 has to be among them, and each once")
+    if recipe.evaluate.boxes is not None and recipe.data.valid is None:
+        mistakes.append("evaluate.boxes: there is nobody to evaluate on; set data.valid to the shards of these images")
+    if recipe.evaluate.nms == "soft" and recipe.evaluate.nms_threshold == 0:
+        mistakes.append("evaluate.nms_threshold: 0 leaves nobody beside the best; soft suppression divides by it")
     return mistakes + _objective_contradictions(recipe)
 
 
@@ -459,6 +471,11 @@ def _missing_files(recipe: Recipe) -> list[str]:
             )
     if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
         mistakes.append(f"student.weights: {recipe.student.weights}: no such file or model folder")
+    if recipe.evaluate.boxes is not None and not Path(recipe.evaluate.boxes).is_file():
+        mistakes.append(
+            f"evaluate.boxes: {recipe.evaluate.boxes}: no such file; `fpd-accel detect` writes one, and null means the "
+            "annotated boxes"
+        )
     teacher = recipe.teacher
     if recipe.distill.mode != "fpd":
         return mistakes

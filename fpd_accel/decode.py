@@ -262,6 +262,36 @@ def fuse_flip_simcc(output: SimCC, flipped: SimCC, flip_index: FlipIndex) -> Sim
     return SimCC(0.5 * (output.x.float() + x.float()), 0.5 * (output.y.float() + y.float()))
 
 
+def fuse_scales(
+    heatmaps: Sequence[Float[Tensor, "batch joint height width"]], scales: Sequence[float], *, unbiased: bool = False
+) -> Float32[Tensor, "batch joint height width"]:
+    """The mean, in the cells of the region at scale 1, of heatmaps of regions ``scales`` times as large, of one centre.
+
+    As multi-scale testing of networks for one person goes (Yang et al., Learning Feature Pyramids, ICCV 2017). A cell
+    that a smaller region does not show is the mean of those that do.
+    """
+    if tuple(scales) == (1.0,):
+        return heatmaps[0].to(torch.float32)
+    total = torch.zeros_like(heatmaps[0], dtype=torch.float32)
+    covered = torch.zeros_like(total)
+    for maps, scale in zip(heatmaps, scales, strict=True):
+        height, width = maps.shape[-2:]
+        # Where the centre of a region falls among its cells, as in decode_heatmaps.
+        middles = [(side - 1) / 2 if unbiased else side / 2 for side in (width, height)]
+        x, y = (
+            (torch.arange(side, device=maps.device) - middle) / scale + middle
+            for side, middle in zip((width, height), middles, strict=True)
+        )
+        grid = torch.stack(torch.meshgrid(2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1, indexing="xy"), dim=-1)
+        sampled = F.grid_sample(
+            maps.to(torch.float32), grid.expand(len(maps), -1, -1, -1), padding_mode="border", align_corners=True
+        )
+        shown = ((x >= -0.5) & (x <= width - 0.5)) & ((y >= -0.5) & (y <= height - 0.5))[:, None]
+        total += sampled * shown
+        covered += shown
+    return total / covered
+
+
 def heatmap_accuracy(
     predicted: Float[Tensor, "batch joint height width"],
     target: Float[Tensor, "batch joint height width"],

@@ -179,13 +179,15 @@ class RunLog(AbstractContextManager["RunLog"]):
                 "bottleneck; raise data.workers if there are free cores"
             )
 
-    def evaluation(self, metrics: dict[str, float], step: int, *, prefix: str = "valid") -> None:
-        """Write the metrics of one evaluation under ``<prefix>_<name>``."""
+    def evaluation(
+        self, metrics: dict[str, float], step: int, *, protocol: dict[str, Any], prefix: str = "valid"
+    ) -> None:
+        """Write the metrics of one evaluation under ``<prefix>_<name>``, and the protocol that gave them."""
         if not self.main:
             return
         assert self._metrics is not None
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        self._metrics.write([{"kind": prefix, "step": step, **named}])
+        self._metrics.write([{"kind": prefix, "step": step, **named, "protocol": protocol}])
         self._scalars(named, step)
         shown = " · ".join(
             f"{name} {metrics[name]:.3f}" for name in ("PCKh@0.5", "AP", "AR", "acc", "loss") if name in metrics

@@ -15,11 +15,11 @@ from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import ConfigError, TrainingError
-from fpd_accel.evaluation import evaluate
+from fpd_accel.evaluation import evaluate, with_boxes
 from fpd_accel.log import say
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
-from fpd_accel.report import Score, describe_model, show_scores
+from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
 from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
 from fpd_accel.teacher import Teacher
 from fpd_accel.trainer import Trainer
@@ -116,7 +116,9 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
     if accelerator.is_main_process and valid is not None:
-        show_scores(f"{recipe.run.name} ({recipe.distill.mode}), {len(valid)} held-out people of {valid.path}", scores)
+        show_scores(
+            f"{recipe.run.name} ({recipe.distill.mode}), held out: {describe_protocol(valid, recipe.evaluate)}", scores
+        )
     return scores
 
 
@@ -159,7 +161,7 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
             f"data.valid: {valid.path} has the keypoints of skeleton {valid.skeleton.name!r}, but data.train those of "
             f"{train.skeleton.name!r}"
         )
-    return train, valid
+    return train, valid if valid is None else with_boxes(valid, recipe.evaluate)
 
 
 def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:
@@ -257,21 +259,23 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
 
 
 def evaluate_folder(
-    folder: str, data: str, *, flip_test: bool = True, batch: int = 32, workers: int = 0, precision: str = "fp32"
+    folder: str, data: str, *, options: Evaluate | None = None, workers: int = 0, precision: str = "fp32"
 ) -> tuple[Score | None, list[dict[str, Any]]]:
     """Score a model folder on prepared people, print the table, and return it with the people found.
 
     The score is None on every rank but the first.
 
     Raises:
-        UserError: folder or data cannot be used, or they have different keypoints.
+        UserError: folder, data or boxes cannot be used, or folder and data have different keypoints.
     """
+    options = options or Evaluate()
     config, shards = read_model_config(folder), Shards(data)
     if config.skeleton.keypoints != shards.skeleton.keypoints:
         raise ConfigError(
             f"{folder} finds the keypoints of skeleton {config.skeleton.name!r} ({config.skeleton.num_keypoints}), but "
             f"{data} has {shards.skeleton.name!r} ({shards.skeleton.num_keypoints})"
         )
+    shards = with_boxes(shards, options)
     accelerator = create_accelerator(precision)
     metrics, people = evaluate(
         accelerator.prepare_model(load_model(folder), evaluation_mode=True),
@@ -279,14 +283,12 @@ def evaluate_folder(
         codec=config.create_codec(),
         normalization=config.normalization,
         padding=config.box_padding,
-        options=Evaluate(flip_test=flip_test, batch=batch),
+        options=options,
         workers=workers,
         accelerator=accelerator,
     )
     if not accelerator.is_main_process:
         return None, people
     score = Score(str(folder), config, metrics)
-    show_scores(
-        f"{len(shards)} people of {data}, ground-truth boxes, flip test {'on' if flip_test else 'off'}", [score]
-    )
+    show_scores(describe_protocol(shards, options), [score])
     return score, people

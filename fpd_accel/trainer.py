@@ -29,6 +29,7 @@ from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
+from fpd_accel.report import protocol
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
 
@@ -233,7 +234,7 @@ class Trainer:
             workers=self.recipe.data.workers,
             accelerator=self.accelerator,
         )
-        self.log.evaluation(metrics, self.step)
+        self.log.evaluation(metrics, self.step, protocol=protocol(self.valid_shards, self.recipe.evaluate))
         if metrics[self.selection] > self.best:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
@@ -245,9 +246,11 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         if self.accelerator.is_main_process:
             model = self.bare if self.average is None else self.average.module
-            source = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
-            scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
-            config = self.model_config.model_copy(update={"source": {**source, "valid": scores}})
+            source: dict[str, Any] = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
+            source["valid"] = scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
+            if scores and self.valid_shards is not None:
+                source["protocol"] = protocol(self.valid_shards, self.recipe.evaluate)
+            config = self.model_config.model_copy(update={"source": source})
             save_model(self.directory / name, model.state_dict(), config)
 
     def _save(self) -> None:

@@ -11,7 +11,7 @@ LAYERS = [
     {"codecs", "decode", "losses", "models"},
     {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict"},
+    {"run_directory", "trainer", "predict", "detect"},
     {"run"},
     {"cli"},
 ]
@@ -28,6 +28,7 @@ DATA = [
     "coco",
     "mpii_annotations",
     "mpii",
+    "detections",
     "stream",
 ]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there

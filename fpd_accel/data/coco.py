@@ -44,12 +44,16 @@ def prepare_coco(
     *,
     skeleton: Skeleton = COCO,
     category: str | None = None,
+    keep_empty_images: bool = False,
 ) -> Shards:
     """Write shards of the people annotated in a COCO keypoint JSON, and open them.
 
     ``category`` names the category to use; it is needed only where several have keypoints. Crowd regions, people
     without keypoints and people without area stay in the shards, marked unusable: the evaluation protocol needs them,
     training and inference never see them. Every image is decoded once to prove that it can be.
+
+    ``keep_empty_images`` keeps images without an annotated person too. Only the evaluation of a detector's boxes needs
+    them: what is detected there counts as false alarms in COCO's protocol.
 
     Raises:
         DataError: the module's docstring says for what; or ``output`` exists.
@@ -62,7 +66,9 @@ def prepare_coco(
     skipped: Counter[str] = Counter()
     people = _people(annotations, dataset, category_id, skeleton, skipped)
     with ShardWriter(Path(output), skeleton) as writer:
-        writer.write_images(_images(images, annotations, dataset["images"], people, skipped))
+        listed = [image for image in dataset["images"] if keep_empty_images or people[image["id"]]]
+        skipped["image_empty"] = len(dataset["images"]) - len(listed)
+        writer.write_images(_images(images, annotations, listed, people, skipped))
         writer.write_people(_rows(writer.image_rows, people, skeleton))
         if not writer.image_rows:
             first = images / str(dataset["images"][0]["file_name"]) if dataset["images"] else images
@@ -187,11 +193,8 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
 def _images(
     folder: Path, annotations: Path, listed: list[Record], people: dict[int, list[Record]], skipped: Counter[str]
 ) -> Iterator[Record]:
-    """Images with an annotated person, read and proven to decode, in the order of the file."""
+    """Images read and proven to decode, in the order of the file."""
     for image in track(listed, f"reading images of {annotations.name}"):
-        if not people[image["id"]]:
-            skipped["image_empty"] += 1
-            continue
         problem, data = _load_image(folder / image["file_name"], image)
         if problem:
             skipped[problem] += 1

@@ -139,6 +139,11 @@ class Shards:
         """The box around which an image of this size is cropped: cut to the image, unless the dataset has it as is."""
         return clip_box(box, width, height) if self.description.get("clip_boxes", True) else box
 
+    @property
+    def annotated(self) -> "Shards":
+        """The shards whose people are the ground truth: these."""
+        return self
+
     def __len__(self) -> int:
         return len(self.usable)
 
@@ -203,7 +208,9 @@ class ShardWriter:
                     self.counts["head_sizes"] += not reason and record["head_size"] > 0
                 yield record
 
-        if self.image_rows:
+        first = next(records, None) if self.image_rows else None
+        if first is not None:  # as above
+            records = itertools.chain([first], records)
             features = people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes)
             self._save("people", counted(), features)
 
