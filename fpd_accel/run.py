@@ -95,7 +95,8 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
     if accelerator.is_main_process and valid is not None:
-        show_scores(f"{recipe.run.name} ({recipe.distill.mode}), {len(valid)} held-out people of {valid.path}", scores)
+        title = f"{recipe.run.name} ({recipe.distill.mode}), {len(valid)} held-out people of {valid.path}"
+        show_scores(f"{title}{valid.skeleton.sigma_note}", scores)
     return scores
 
 
@@ -240,6 +241,8 @@ def evaluate_folder(
         return None, people
     score = Score(str(folder), config, metrics)
     show_scores(
-        f"{len(shards)} people of {data}, ground-truth boxes, flip test {'on' if flip_test else 'off'}", [score]
+        f"{len(shards)} people of {data}, ground-truth boxes, flip test {'on' if flip_test else 'off'}"
+        f"{shards.skeleton.sigma_note}",
+        [score],
     )
     return score, people

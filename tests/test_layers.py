@@ -11,12 +11,12 @@ LAYERS = [
     {"codecs", "decode", "losses", "models"},
     {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict"},
+    {"run_directory", "trainer", "predict", "check"},
     {"run"},
     {"cli"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN = {"data", "models"}  # packages, whose own order is below
+WITHIN = {"data", "models", "check"}  # packages, whose own order is below
 DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "stream"]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {("model_folder", "data"), ("model_folder", "weights"), ("teacher", "data"), ("visualize", "data")}

@@ -1,0 +1,188 @@
+"""The proof that the labels are worth AP 1.0, by the path that scores networks, and who is in the way where not.
+
+Evaluating 150,000 people takes minutes, but hardly any of them can go wrong. A label taken as prediction has OKS 1 with
+itself, so it is counted right unless the evaluation drops it or gives its label to somebody else. That needs a second
+person of the image within reach of one of the two steps, more people in the image than COCO counts, or numbers that
+spoil OKS itself. All images with such people are evaluated, and as many others as make a fair sample.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fpd_accel.check.labels import Finding, Labels
+from fpd_accel.config import Evaluate
+from fpd_accel.data.shards import Shards
+from fpd_accel.evaluation import ground_truth, ground_truth_predictions, results
+from fpd_accel.geometry import box_to_region, clip_box
+from fpd_accel.log import track
+from fpd_accel.metrics import average_precision
+
+INPUT_SIZE = (256, 192)  # decides the regions whose area scales OKS in the suppression of near-duplicates
+PADDING = 1.25
+MOST_PEOPLE = 20  # of an image that COCO's keypoint protocol counts
+SIMILAR = 0.9  # OKS from which two people are looked at; confusion needs more than Evaluate.nms_threshold, or 1
+AREAS = (1.0, 1e10)  # square pixels: below, rounding the predictions matters; above, COCO ignores people
+SAMPLE = 5000  # people who are evaluated in any case
+EXPLAINED_SHARE = 0.01  # of the people who may be lost to near-duplicates before that is an error
+CHUNK = 64  # images searched together for those that lose somebody
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Someone who cannot be found by predicting the labels, or who stands in another's way."""
+
+    person: int  # annotation id
+    image: int  # image id
+    reason: str
+    explained: bool  # whether the evaluation's own rules explain it
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What predicting the labels scored on the people evaluated."""
+
+    average_precision: float
+    average_recall: float
+    evaluated: int  # people
+    people: int  # usable people of the dataset
+    lost: tuple[Lost, ...]
+
+    @property
+    def holds(self) -> bool:
+        return self.average_precision > 1 - 1e-9 and self.average_recall > 1 - 1e-9
+
+
+def prove(shards: Shards, labels: Labels, *, sample: int = SAMPLE) -> Proof:
+    """Predict the labels of every image that could lose somebody, and of others up to ``sample`` people."""
+    pairs = similar_people(labels)
+    rows = _chosen(labels, _at_risk(labels, pairs), sample)
+    score = _score(shards, labels, rows)
+    lost: list[Lost] = []
+    if min(score) <= 1 - 1e-9:
+        for image_rows in _failing(shards, labels, rows):
+            lost += _explain(labels, image_rows, pairs)
+    return Proof(*score, len(rows), int(labels.usable.sum()), tuple(lost))
+
+
+def check_proof(proof: Proof) -> list[Finding]:
+    """A finding unless the labels score 1.0."""
+    if proof.holds:
+        return []
+    unexplained = [lost for lost in proof.lost if not lost.explained]
+    severe = unexplained or not proof.lost or len(proof.lost) > EXPLAINED_SHARE * proof.people
+    reasons = sorted({lost.reason.partition(":")[0] for lost in proof.lost})
+    text = (
+        f"the labels themselves score AP {proof.average_precision:.4f}, AR {proof.average_recall:.4f}, not 1, on "
+        f"{proof.evaluated} of {proof.people} people; in the way are {len(proof.lost)} people "
+        f"({'; '.join(reasons) or 'nobody found'})"
+    )
+    ids = tuple(lost.person for lost in proof.lost)
+    return [Finding("error" if severe else "warning", "ground_truth_below_one", text, len(proof.lost), ids)]
+
+
+def similar_people(labels: Labels) -> dict[tuple[int, int], str]:
+    """Pairs of usable rows of one image that the evaluation may confuse -> why, in words."""
+    rows = np.flatnonzero(labels.usable)
+    rows = rows[np.argsort(labels.image_ids[rows], kind="stable")]
+    images = labels.image_ids[rows]
+    clipped = clip_box(labels.boxes[rows], labels.widths[rows], labels.heights[rows])
+    regions = box_to_region(clipped, INPUT_SIZE, padding=PADDING)[1].prod(axis=1)
+    middle = (labels.boxes[rows, :2] + labels.boxes[rows, 2:] / 2)[:, None]
+    shown = labels.labelled[rows]
+    points = np.where(shown[..., None], labels.keypoints[rows], middle)  # as the labels are predicted
+    areas, variance = labels.areas[rows], 8 * np.square(np.asarray(labels.skeleton.sigmas))
+    everything = np.ones_like(shown)
+    pairs: dict[tuple[int, int], str] = {}
+    offset = 1
+    while len(first := np.flatnonzero(images[offset:] == images[:-offset])):
+        second = first + offset
+        squares = np.square(points[first] - points[second]).sum(axis=-1) / variance
+        near = _oks(squares, (regions[first] + regions[second]) / 2, everything[first]) > SIMILAR
+        for_second = _oks(squares, areas[second], shown[second]) > SIMILAR
+        for_first = _oks(squares, areas[first], shown[first]) > SIMILAR
+        for place in np.flatnonzero(near | for_second | for_first).tolist():
+            reason = "dropped as a near-duplicate" if near[place] else "labels cannot be told apart"
+            pairs[int(rows[first[place]]), int(rows[second[place]])] = reason
+        offset += 1
+    return pairs
+
+
+def _oks(
+    squares: Float[np.ndarray, "pair joint"], areas: Float[np.ndarray, " pair"], counted: Bool[np.ndarray, "pair joint"]
+) -> Float[np.ndarray, " pair"]:
+    """OKS of pairs over the joints counted, from squared distances over variances."""
+    similarity = np.exp(-squares / np.maximum(areas, np.spacing(1.0))[:, None])
+    return (similarity * counted).sum(axis=-1) / np.maximum(counted.sum(axis=-1), 1)
+
+
+def _at_risk(labels: Labels, pairs: dict[tuple[int, int], str]) -> Int[np.ndarray, " image"]:
+    """Ids of images in which somebody may be lost."""
+    usable = labels.usable
+    ids, count = np.unique(labels.image_ids[usable], return_counts=True)
+    listed, times = np.unique(labels.listed_images, return_counts=True)
+    odd = usable & ((labels.areas <= AREAS[0]) | (labels.areas >= AREAS[1]) | _strange(labels))
+    paired = labels.image_ids[[row for pair in pairs for row in pair]]
+    return np.unique(np.concatenate([ids[count > MOST_PEOPLE], listed[times > 1], labels.image_ids[odd], paired]))
+
+
+def _strange(labels: Labels) -> Bool[np.ndarray, " person"]:
+    return ~np.isin(labels.visibility, (0, 1, 2)).all(axis=1)
+
+
+def _chosen(labels: Labels, risky: Int[np.ndarray, " image"], sample: int) -> Int[np.ndarray, " row"]:
+    """Rows of the usable people of all risky images and of evenly spaced others, up to about ``sample`` people."""
+    usable = np.flatnonzero(labels.usable)
+    certain = np.isin(labels.image_ids[usable], risky)
+    others = np.unique(labels.image_ids[usable[~certain]])
+    room = max(sample - int(certain.sum()), 0)
+    stride = max(1, -(-int((~certain).sum()) // max(room, 1)))
+    taken = others[::stride] if room else others[:0]
+    return usable[certain | np.isin(labels.image_ids[usable], taken)]
+
+
+def _score(shards: Shards, labels: Labels, rows: Int[np.ndarray, " row"]) -> tuple[float, float]:
+    """AP and AR of the labels as predictions: all usable people of some images, and everyone else annotated there."""
+    everyone = np.flatnonzero(np.isin(labels.image_ids, labels.image_ids[rows]))
+    found = results(
+        shards, ground_truth_predictions(shards, rows=rows), options=Evaluate(), input_size=INPUT_SIZE, padding=PADDING
+    )
+    measures = average_precision(ground_truth(shards, rows=everyone), found, shards.skeleton.sigmas)
+    return measures["AP"], measures["AR"]
+
+
+def _failing(shards: Shards, labels: Labels, rows: Int[np.ndarray, " row"]) -> Iterator[Int[np.ndarray, " row"]]:
+    """The rows of each image whose labels do not score 1.0 by themselves."""
+    images = np.unique(labels.image_ids[rows])
+    chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+    for chunk in track(chunks, "looking for those in the way", total=len(chunks)):
+        members = rows[np.isin(labels.image_ids[rows], chunk)]
+        if min(_score(shards, labels, members)) > 1 - 1e-9:
+            continue
+        for image in chunk:
+            own = members[labels.image_ids[members] == image]
+            if min(_score(shards, labels, own)) <= 1 - 1e-9:
+                yield own
+
+
+def _explain(
+    labels: Labels, rows: Int[np.ndarray, " row"], pairs: dict[tuple[int, int], str]
+) -> Iterator[Lost]:
+    """Why the labels of one image do not score 1.0."""
+    members = set(rows.tolist())
+    image = int(labels.image_ids[rows[0]])
+    explained = False
+    for (first, second), reason in pairs.items():
+        if first in members:
+            explained = True
+            partner = int(labels.ids[first])
+            yield Lost(int(labels.ids[second]), image, f"{reason}: of annotation {partner}", True)
+    if len(rows) > MOST_PEOPLE:
+        explained = True
+        for row in rows[MOST_PEOPLE:].tolist():
+            yield Lost(int(labels.ids[row]), image, f"COCO counts {MOST_PEOPLE} people an image: this has more", True)
+    if not explained:
+        for row in rows.tolist():
+            yield Lost(int(labels.ids[row]), image, "area, visibility or ids spoil the measure", False)
