@@ -81,6 +81,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
         say(f"  skipped {count} {SKIPPED[key]}")
     for reason, count in shards.description["unused"].items():
         say(f"  kept for evaluation only: {count} ({reason.replace('_', ' ')})")
+    if shards.skeleton.sigma_note:
+        say(f"  {shards.skeleton.sigma_note.removeprefix(', ')}: the skeleton gives none")
     say(f"next: fpd-accel check {shards.path} --output PICTURE.png")
 
 

@@ -27,7 +27,7 @@ class Skeleton(BaseModel):
     limbs: tuple[Pair, ...] = ()  # drawn as lines
     upper_body: tuple[str, ...] = ()  # the half that half-body augmentation calls upper
     torso: Pair | None = None  # its length normalises PCK; without it the box's longer side does
-    sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...]  # OKS: standard deviation of a labeller / sqrt(area)
+    sigmas: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()  # OKS: standard deviation of a labeller / sqrt(area)
     sigmas_estimated: tuple[str, ...] = ()  # joints whose sigma nobody measured on these labels
 
     @model_validator(mode="before")

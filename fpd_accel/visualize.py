@@ -1,7 +1,9 @@
 """Skeletons and heatmaps as pictures: RGB, uint8, (height, width, 3)."""
 
 import colorsys
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from fpd_accel.data.batch import Batch
 from fpd_accel.decode import decode_heatmaps
+from fpd_accel.errors import DataError
 from fpd_accel.skeleton import Skeleton
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -88,7 +91,18 @@ def comparison(batch: Batch, sources: Mapping[str, Tensor], skeleton: Skeleton, 
 
 
 def save_picture(path: Path, picture: Picture) -> None:
-    """Write a PNG or JPEG, by the suffix of ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a PNG or JPEG, by the suffix of ``path``; whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    path.write_bytes(encoded.tobytes())
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(encoded.tobytes())
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None

@@ -53,7 +53,9 @@ def _flip_pairs(skeleton: Skeleton) -> list[Finding]:
             text = f"flip_pairs: {a!r} and {b!r} are one pair, but only one of the names has a side"
             findings.append(Finding("warning", "flip_pair_mismatch", text, 1))
         elif side_a == "right":
-            text = f"flip_pairs: {a!r} stands before {b!r}; the left joint comes first, or pictures show the sides wrong"
+            text = (
+                f"flip_pairs: {a!r} stands before {b!r}; the left joint comes first, or pictures show the sides wrong"
+            )
             findings.append(Finding("warning", "flip_pair_order", text, 1))
     for (side, part), name in by_side.items():
         other = by_side.get(("right" if side == "left" else "left", part)) if side else None
@@ -81,20 +83,25 @@ def _sigmas(skeleton: Skeleton) -> list[Finding]:
     findings = []
     if skeleton.sigmas_estimated:
         text = (
-            f"sigmas: estimated for {len(skeleton.sigmas_estimated)} of {skeleton.num_keypoints} keypoints; AP compares "
-            "networks on this data, not with other numbers, and every table says so"
+            f"sigmas: estimated for {len(skeleton.sigmas_estimated)} of {skeleton.num_keypoints} keypoints; AP "
+            "compares networks on this data, not with other numbers, and every table says so"
         )
         findings.append(Finding("warning", "sigmas_estimated", text, len(skeleton.sigmas_estimated)))
+    unlike, one_sided = [], []
     for name, sigma in zip(skeleton.keypoints, skeleton.sigmas, strict=True):
         published, source = estimated_sigma(name)
         if source != "neutral" and max(sigma / published, published / sigma) > SIGMA_FACTOR:
-            text = f"sigmas: {sigma:g} for {name!r}, where {source} has {published:g}; AP is not comparable with {source}'s"
-            findings.append(Finding("warning", "sigma_unlike_published", text, 1))
+            unlike.append(f"{name} {sigma:g} ({source} {published:g})")
     for left, right in skeleton.flip_pairs:
         a, b = (skeleton.sigmas[skeleton.index(name)] for name in (left, right))
         if a != b and not {left, right} <= PUBLISHED_SIGMAS["COCO-WholeBody"].keys():
-            text = f"sigmas: {a:g} for {left!r} but {b:g} for {right!r}; sides are expected to be alike"
-            findings.append(Finding("warning", "sigma_one_sided", text, 1))
+            one_sided.append(f"{left} {a:g}, {right} {b:g}")
+    if unlike:
+        text = f"sigmas: far from the published ones of these names, so that AP cannot be compared: {'; '.join(unlike)}"
+        findings.append(Finding("warning", "sigma_unlike_published", text, len(unlike)))
+    if one_sided:
+        text = f"sigmas: the two sides of a joint are expected to be alike: {'; '.join(one_sided)}"
+        findings.append(Finding("warning", "sigma_one_sided", text, len(one_sided)))
     return findings
 
 
@@ -143,7 +150,7 @@ def _distance(labels: Labels, a: int, b: int) -> Float[np.ndarray, " person"]:
     return np.linalg.norm(labels.keypoints[:, a] - labels.keypoints[:, b], axis=-1)
 
 
-def check_limbs(labels: Labels, limbs: list[Limb]) -> list[Finding]:
+def check_limbs(limbs: list[Limb]) -> list[Finding]:
     """Findings about lengths, and about sides exchanged along a limb in most people."""
     findings, told = [], set()
     for limb in limbs:
@@ -153,23 +160,23 @@ def check_limbs(labels: Labels, limbs: list[Limb]) -> list[Finding]:
             findings.append(Finding("error", "limb_without_length", text, limb.people))
         elif limb.people >= FEWEST and limb.upper > ABSURD_SPREAD * limb.lower:
             text = (
-                f"limb {a} - {b}: length from {limb.lower:.3f} to {limb.upper:.3f} of the box in the middle half of the "
-                "people; are these two the same joints in every annotation?"
+                f"limb {a} - {b}: length from {limb.lower:.3f} to {limb.upper:.3f} of the box in the middle half of "
+                "the people; are these two the same joints in every annotation?"
             )
             findings.append(Finding("warning", "limb_spread", text, limb.people))
         mirrored = frozenset(split_side(name)[1] for name in limb.ends)
         if limb.exchanged > MAJORITY and mirrored not in told:
             told.add(mirrored)
             text = (
-                f"left and right look exchanged between {a} and {b}: in {limb.exchanged:.0%} of the people the limbs are "
-                "shorter with one of the two joints taken from the other side; check the order of keypoints"
+                f"left and right look exchanged between {a} and {b}: in {limb.exchanged:.0%} of the people the limbs "
+                "are shorter with one of the two joints taken from the other side; check the order of keypoints"
             )
             findings.append(Finding("error", "sides_exchanged_along_limb", text, limb.people))
     return findings
 
 
 def check_sides(labels: Labels) -> list[Finding]:
-    """Findings about left and right in the labels of single people, and of the dataset as the viewer would name them."""
+    """Findings about left and right of single people, and of a dataset that names them as the viewer would."""
     return [*_faces(labels), *_twisted(labels), *_viewer_sides(labels)]
 
 
@@ -203,8 +210,8 @@ def _faces(labels: Labels) -> list[Finding]:
             "faces_mirrored",
             mirrored,
             lambda _: (
-                f"left and right look exchanged in the faces of {mirrored.sum()} of {seen.sum()} people who show both eyes: "
-                "left is the person's own left, at the image's right in someone who faces the camera"
+                f"left and right look exchanged in the faces of {mirrored.sum()} of {seen.sum()} people who show both "
+                "eyes: left is the person's own left, at the image's right in someone who faces the camera"
             ),
         )
     return labels.finding(
@@ -212,8 +219,8 @@ def _faces(labels: Labels) -> list[Finding]:
         "face_mirrored",
         mirrored,
         lambda _: (
-            f"{mirrored.sum()} of {seen.sum()} people who show both eyes have them on the wrong sides of the nose: their "
-            "left and right are probably exchanged"
+            f"{mirrored.sum()} of {seen.sum()} people who show both eyes have them on the wrong sides of the nose: "
+            "their left and right are probably exchanged"
         ),
     )
 
@@ -253,7 +260,7 @@ def _viewer_sides(labels: Labels) -> list[Finding]:
     if pairs < FEWEST or to_the_left <= VIEWER_SHARE * pairs:
         return []
     text = (
-        f"in {to_the_left / pairs:.0%} of {pairs} pairs the left joint is at the left of the image: unless these people "
-        "all turn their backs, sides are named as the viewer sees them; they have to be the person's own"
+        f"in {to_the_left / pairs:.0%} of {pairs} pairs the left joint is at the left of the image: unless these "
+        "people all turn their backs, sides are named as the viewer sees them; they have to be the person's own"
     )
     return [Finding("warning", "sides_as_seen_by_viewer", text, to_the_left)]

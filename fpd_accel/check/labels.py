@@ -64,12 +64,17 @@ class Labels:
         check: str,
         chosen: Bool[np.ndarray, " person"],
         message: Callable[[str], str],
+        *,
+        among: Bool[np.ndarray, " person"] | None = None,
     ) -> list[Finding]:
-        """A finding about the people chosen, none if there is nobody; ``message`` is given "3 of 98 people"."""
+        """A finding about the people chosen, none if there is nobody; ``message`` is given "3 of 98 people".
+
+        ``among`` are those who could have been chosen, by default the usable.
+        """
         count = int(chosen.sum())
         if not count:
             return []
-        share = f"{count} of {_people(int(self.usable.sum()))}"
+        share = f"{count} of {_people(int((self.usable if among is None else among).sum()))}"
         return [Finding(severity, check, message(share), count, tuple(self.ids[chosen].tolist()))]
 
 

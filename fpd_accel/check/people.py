@@ -38,47 +38,56 @@ def check_boxes(labels: Labels) -> list[Finding]:
     partly = labels.usable & ~wholly & (out_by > TOLERANCE)
     above = labels.usable & (labels.areas > 1.01 * width * height + 1)
     without = labels.usable & (labels.areas <= 0)
-    equal = labels.usable & (np.abs(labels.areas - width * height) <= 1e-3 * labels.areas)
+    share_of_box = labels.areas[labels.usable] / np.maximum(width * height, 1)[labels.usable]
+    usual = float(np.median(share_of_box)) if len(share_of_box) else 0.0
+    constant = labels.usable & (np.abs(labels.areas - usual * width * height) <= 1e-3 * labels.areas)
     finding = labels.finding
     findings = [
         *finding(
-            _graded(wholly, labels),
+            _graded(wholly, people),
             "box_outside_image",
             wholly,
             lambda share: f"{share}: the box lies wholly outside the image; boxes are x, y, width, height in pixels",
+            among=people,
         ),
         *finding(
-            _graded(flat, labels), "box_without_size", flat, lambda share: f"{share}: the box has no width or height"
+            _graded(flat, people),
+            "box_without_size",
+            flat,
+            lambda share: f"{share}: the box has no width or height",
+            among=people,
         ),
         *finding(
             "warning",
             "box_partly_outside_image",
             partly,
-            lambda share: f"{share}: the box reaches outside the image, by up to {out_by[partly].max():.0f} pixels; "
-            "it is cut to the image when the person is cropped",
+            lambda share: (
+                f"{share}: the box reaches outside the image, by up to {out_by[partly].max():.0f} pixels; "
+                "it is cut to the image when the person is cropped"
+            ),
         ),
         *finding(
             "error",
             "area_not_positive",
             without,
-            lambda share: f"{share}: the area is zero or negative, so that OKS has no scale; leave it out of the "
-            "annotation to take the box's",
+            lambda share: (
+                f"{share}: the area is zero or negative, so that OKS has no scale; leave it out of the "
+                "annotation to take the box's"
+            ),
         ),
         *finding(
-            _graded(above, labels),
+            _graded(above, labels.usable),
             "area_above_box",
             above,
             lambda share: f"{share}: the area is larger than the box; is it in square pixels?",
         ),
     ]
-    if equal.sum() > 0.5 * max(labels.usable.sum(), 1):
-        findings += finding(
-            "information",
-            "area_of_box",
-            equal,
-            lambda share: f"{share}: the area is the box's, not a segment's, which is about half of it in COCO: OKS is "
-            "more lenient here than there",
+    if len(share_of_box) > 1 and constant.sum() > 0.5 * len(share_of_box):
+        text = (
+            f"{constant.sum()} of {len(share_of_box)} people: the area is {usual:.2f} times the box's, not a segment's "
+            "(0.5 in the median of COCO); OKS is the more lenient the larger the area"
         )
+        findings.append(Finding("information", "area_of_box", text, int(constant.sum())))
     return findings
 
 
@@ -92,22 +101,26 @@ def check_keypoints(labels: Labels) -> list[Finding]:
     outside = labelled & ~origin & (beyond > TOLERANCE)
     far = labelled & ~origin & ~outside & (outside_box(labels) > FAR)
     forgotten = (labels.visibility == 0) & ((x != 0) | (y != 0)) & labels.usable[:, None]
-    findings: list[Finding] = []
-    for severity, check, chosen, text in (
+    kinds: tuple[tuple[Severity | None, str, np.ndarray, str], ...] = (
         ("error", "visibility_unknown", unknown, "the visibility is none of 0 (unlabelled), 1 (hidden), 2 (seen)"),
         (None, "keypoint_at_origin", origin, "labelled, but at (0, 0); what nobody labelled has visibility 0"),
-        (None, "keypoint_outside_image", outside, "labelled outside the image; coordinates are pixels of the whole image"),
+        (None, "keypoint_outside_image", outside, "labelled outside the image; they are in pixels of the whole image"),
         (None, "keypoint_far_from_box", far, "labelled more than half a box outside the person's own box"),
-        ("warning", "unlabelled_with_place", forgotten, "a place, but visibility 0: training does not see them"),
-    ):  # fmt: skip
-        people = chosen.any(axis=1)
-        number = f"{chosen.sum()} keypoints of "
-        grade: Severity = severity or _graded(people, labels)  # type: ignore[assignment]
-        findings += labels.finding(grade, check, people, lambda share, n=number, t=text: f"{n}{share}: {t}")
-    if labels.usable.any():
-        for joint in np.flatnonzero(~labelled.any(axis=0)):
-            text = f"{labels.skeleton.keypoints[joint]!r} is labelled in nobody: its heatmap will never be trained"
-            findings.append(Finding("warning", "joint_never_labelled", text, 1))
+        ("warning", "unlabelled_with_place", forgotten, "placed, but with visibility 0: training does not see them"),
+    )
+    findings: list[Finding] = []
+    for severity, check, chosen, text in kinds:
+        people, number = np.asarray(chosen.any(axis=1)), int(chosen.sum())
+        among = ~labels.crowd if chosen is unknown else labels.usable
+
+        def message(share: str, number: int = number, text: str = text) -> str:
+            return f"{number} keypoint{'s' * (number > 1)} of {share}: {text}"
+
+        findings += labels.finding(severity or _graded(people, among), check, people, message, among=among)
+    never = [labels.skeleton.keypoints[joint] for joint in np.flatnonzero(labelled.sum(axis=0) == 0)]
+    if never:
+        text = f"labelled in nobody, so that their heatmaps will never be trained: {', '.join(never)}"
+        findings.append(Finding("warning", "joint_never_labelled", text, len(never)))
     return findings
 
 
@@ -118,20 +131,32 @@ def outside_box(labels: Labels) -> Float[np.ndarray, "person joint"]:
     return outside / labels.longer_side[:, None]
 
 
-def _graded(people: Bool[np.ndarray, " person"], labels: Labels) -> Severity:
+def _graded(chosen: Bool[np.ndarray, " person"], among: Bool[np.ndarray, " person"]) -> Severity:
     """A few mistakes are the labellers', many are the conversion's."""
-    return "error" if people.sum() > SYSTEMATIC * max(int(labels.usable.sum()), 1) else "warning"
+    return "error" if chosen.sum() > SYSTEMATIC * max(int(among.sum()), 1) else "warning"
 
 
 def check_repeated(labels: Labels) -> list[Finding]:
     """Ids that are not unique, people whose image is another, and people annotated twice."""
-    finding = labels.finding
-    repeated_id = _repeated(labels.ids)
+    finding, everyone = labels.finding, np.ones(len(labels.ids), dtype=bool)
+    repeated_id = _later(np.unique(labels.ids, return_inverse=True)[1].reshape(-1))
     listed, count = np.unique(labels.listed_images, return_counts=True)
     elsewhere = labels.listed_images[labels.image_rows] != labels.image_ids
     findings = [
-        *finding("error", "id_repeated", repeated_id, lambda share: f"{share} share their annotation id with another"),
-        *finding("error", "image_mixed_up", elsewhere, lambda share: f"{share} point to the row of another image"),
+        *finding(
+            "error",
+            "id_repeated",
+            repeated_id,
+            lambda share: f"{share}: the annotation id came before; results could not be told apart",
+            among=everyone,
+        ),
+        *finding(
+            "error",
+            "image_mixed_up",
+            elsewhere,
+            lambda share: f"{share} point to the row of another image",
+            among=everyone,
+        ),
     ]
     if (count > 1).any():
         text = f"{(count > 1).sum()} image ids appear more than once, {listed[count > 1][0]} among them"
@@ -171,10 +196,6 @@ def _later(groups: Int[np.ndarray, " person"]) -> Bool[np.ndarray, " person"]:
     later = np.ones(len(groups), dtype=bool)
     later[np.unique(groups, return_index=True)[1]] = False
     return later
-
-
-def _repeated(ids: Int[np.ndarray, " person"]) -> Bool[np.ndarray, " person"]:
-    return _later(np.unique(ids, return_inverse=True)[1].reshape(-1))
 
 
 def check_images(shards: Shards) -> list[Finding]:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,26 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from fpd_accel.check import anatomy, people, statistics
-from fpd_accel.check.anatomy import Limb
+from fpd_accel.check.anatomy import Limb, check_limbs, check_sides, check_skeleton, measure_limbs
 from fpd_accel.check.labels import Finding, Labels, Severity, read_labels
+from fpd_accel.check.people import check_boxes, check_images, check_keypoints, check_repeated, check_skipped
 from fpd_accel.check.proof import Proof, check_proof, prove
+from fpd_accel.check.statistics import (
+    LEVEL_NAMES,
+    LEVELS,
+    count_all,
+    crowding,
+    quantiles,
+    sizes,
+    visibility,
+)
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.log import results
 from fpd_accel.skeleton import Skeleton
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "information")
+NOUNS = ("error", "warning", "note")
 COLORS = {"error": "red", "warning": "yellow", "information": "cyan"}
 SHOWN_IDS = 8  # annotation ids that the console shows of a finding; JSON has all
 
@@ -60,7 +71,7 @@ class Report:
             "counts": self.counts,
             "images_by_people": self.crowding,
             "people_by_size": self.sizes,
-            "quantile_levels": list(statistics.LEVELS),
+            "quantile_levels": list(LEVELS),
             "quantiles": self.quantiles,
             "joints": self.joints,
             "limbs": [asdict(limb) for limb in self.limbs],
@@ -78,27 +89,27 @@ def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
         DataError: the shards are damaged.
     """
     labels = labels or read_labels(shards)
-    limbs, proof = anatomy.measure_limbs(labels), prove(shards, labels)
+    limbs, proof = measure_limbs(labels), prove(shards, labels)
     findings = [
-        *people.check_skipped(shards),
-        *anatomy.check_skeleton(shards.skeleton),
-        *people.check_repeated(labels),
-        *people.check_images(shards),
-        *people.check_boxes(labels),
-        *people.check_keypoints(labels),
-        *anatomy.check_limbs(labels, limbs),
-        *anatomy.check_sides(labels),
+        *check_skipped(shards),
+        *check_skeleton(shards.skeleton),
+        *check_repeated(labels),
+        *check_images(shards),
+        *check_boxes(labels),
+        *check_keypoints(labels),
+        *check_limbs(limbs),
+        *check_sides(labels),
         *check_proof(proof),
     ]
     return Report(
         path=str(shards.path),
         fingerprint=shards.fingerprint,
         skeleton=shards.skeleton,
-        counts=statistics.count_all(shards, labels),
-        crowding=statistics.crowding(labels),
-        sizes=statistics.sizes(labels),
-        quantiles=statistics.quantiles(labels),
-        joints=statistics.visibility(labels),
+        counts=count_all(shards, labels),
+        crowding=crowding(labels),
+        sizes=sizes(labels),
+        quantiles=quantiles(labels),
+        joints=visibility(labels),
         limbs=limbs,
         proof=proof,
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
@@ -117,6 +128,8 @@ def write_json(report: Report, path: Path) -> None:
         staged.write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         staged.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
         raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
 
 
@@ -125,8 +138,8 @@ def show_report(report: Report) -> None:
     counts, skeleton = report.counts, report.skeleton
     results.print(f"[bold]{escape(report.path)}[/bold]: skeleton {escape(skeleton.name)}{skeleton.sigma_note}")
     results.print(
-        f"{counts['images']} images, {counts['people']} annotated people, {counts['usable']} of them usable; not usable: "
-        f"{_listed(counts['unusable'])}; skipped by prepare: {_listed(counts['skipped'])}",
+        f"{counts['images']} images, {counts['people']} annotated people, {counts['usable']} of them usable; not "
+        f"usable: {_listed(counts['unusable'])}; skipped by prepare: {_listed(counts['skipped'])}",
         soft_wrap=True,
     )
     results.print(
@@ -154,9 +167,8 @@ def show_report(report: Report) -> None:
             f"[{color}]{finding.severity}[/{color}] {finding.check}: {escape(finding.message)}{_ids(finding.people)}",
             soft_wrap=True,
         )
-    totals = (f"{len(report.of(severity))} {name}" for severity, name in zip(SEVERITIES, ("errors", "warnings",
-              "notes"), strict=True))  # fmt: skip
-    results.print(", ".join(totals))
+    numbers = ((len(report.of(severity)), name) for severity, name in zip(SEVERITIES, NOUNS, strict=True))
+    results.print(", ".join(f"{number} {name}{'s' * (number != 1)}" for number, name in numbers))
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -168,7 +180,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 
 def _quantile_table(report: Report) -> Table:
-    table = _table("Sizes of usable people, pixels", "", *statistics.LEVEL_NAMES)
+    table = _table("Sizes of usable people, pixels", "", *LEVEL_NAMES)
     for name, values in report.quantiles.items():
         table.add_row(name, *(f"{value:.2f}" if name.endswith("/ box area") else f"{value:.0f}" for value in values))
     return table

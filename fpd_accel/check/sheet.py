@@ -34,7 +34,7 @@ class Choice:
 
 
 def choose_people(labels: Labels, findings: Sequence[Finding], *, count: int = COLUMNS * ROWS) -> list[Choice]:
-    """Up to ``count`` usable people: a third from the findings, taken in turns, and the rest evenly over the dataset."""
+    """Up to ``count`` usable people: a third from the findings, taken in turns, the rest evenly spaced."""
     usable = np.flatnonzero(labels.usable)
     row_of = dict(zip(labels.ids[usable].tolist(), usable.tolist(), strict=True))
     queues = [[(row_of[i], f.check) for i in f.people if i in row_of][: count // 3] for f in findings]
@@ -80,6 +80,7 @@ def _cell(shards: Shards, labels: Labels, choice: Choice) -> UInt8[np.ndarray, "
     crop = draw_skeleton(crop, points, labelled, shards.skeleton)
     for x, y in np.clip(points[labelled & (labels.visibility[row] == 1)], -1e4, 1e4):
         cv2.circle(crop, (round(float(x)), round(float(y))), 1, (0, 0, 0), -1, cv2.LINE_AA)
+    crop[:, -2:] = 255  # between neighbours
     caption = np.full((CAPTION, CELL[1], 3), 255, np.uint8)
     _write(caption, f"{labels.ids[row]}: {labelled.sum()}/{len(labelled)} keypoints", (4, 13))
     _write(caption, choice.check, (4, 27), color=(200, 0, 0))
