@@ -63,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     detect.set_defaults(run=_detect)
 
+    check = commands.add_parser("check", help="look at prepared data before training on them")
+    check.add_argument("data", help="shards written by fpd-accel prepare")
+    check.add_argument("--output", type=Path, metavar="PICTURE.png", help="contact sheet of labelled people to write")
+    check.add_argument("--json", type=Path, metavar="FILE", help="the whole report to write, for programs")
+    check.set_defaults(run=_check)
+
     predict = commands.add_parser("predict", help="find the keypoints of people in images")
     predict.add_argument("images", nargs="+", type=Path, help="image files")
     predict.add_argument("--model", required=True, help="model folder, such as runs/quickstart/best")
@@ -117,6 +123,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         say(f"  kept for evaluation only: {count} ({reason.replace('_', ' ')})")
     if is_mpii and counts["head_sizes"] < counts["usable"]:
         say(f"  without the size of the head, so not in PCKh: {counts['usable'] - counts['head_sizes']}")
+    if shards.skeleton.sigma_note:
+        say(f"  {shards.skeleton.sigma_note.removeprefix(', ')}: the skeleton gives none")
+    say(f"next: fpd-accel check {shards.path} --output PICTURE.png")
 
 
 def _detect(arguments: argparse.Namespace) -> None:
@@ -137,6 +146,25 @@ def _detect(arguments: argparse.Namespace) -> None:
     )
     images = len({box["image_id"] for box in boxes})
     say(f"{arguments.output}: {len(boxes)} people with scores from {arguments.threshold:g} on, in {images} images")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from fpd_accel.check import check_shards, choose_people, contact_sheet, read_labels, show_report, write_json
+    from fpd_accel.data.shards import Shards
+    from fpd_accel.visualize import save_picture
+
+    if arguments.output is not None and arguments.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise DataError(f"{arguments.output}: a contact sheet is a .png or .jpg file")
+    shards = Shards(arguments.data)
+    labels = read_labels(shards)
+    report = check_shards(shards, labels=labels)
+    show_report(report)
+    if arguments.json is not None:
+        write_json(report, arguments.json)
+    if arguments.output is not None:
+        save_picture(arguments.output, contact_sheet(shards, labels, choose_people(labels, report.findings)))
+        say(f"{arguments.output}: people as they are labelled")
+    report.raise_errors()
 
 
 def _predict(arguments: argparse.Namespace) -> None:

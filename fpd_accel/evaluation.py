@@ -275,9 +275,13 @@ def regions(
     return box_to_region(boxes, input_size, padding=padding)
 
 
-def ground_truth(shards: Shards) -> dict[str, Any]:
-    """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too."""
-    people = shards.annotated.people[:]
+def ground_truth(shards: Shards, *, rows: np.ndarray | None = None) -> dict[str, Any]:
+    """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too.
+
+    ``rows`` takes some people alone, and their images.
+    """
+    annotated = shards.annotated.people
+    people = annotated[:] if rows is None else annotated[rows]
     annotations = [
         {
             "id": int(people["id"][i]),
@@ -291,16 +295,18 @@ def ground_truth(shards: Shards) -> dict[str, Any]:
         }
         for i in range(len(people["id"]))
     ]
-    images = [{"id": int(image)} for image in shards.images.with_format("numpy")["id"][:]]
+    listed = shards.images.with_format("numpy")["id"][:] if rows is None else np.unique(people["image_id"])
+    images = [{"id": int(image)} for image in listed]
     return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}
 
 
-def ground_truth_predictions(shards: Shards) -> Predictions:
+def ground_truth_predictions(shards: Shards, *, rows: np.ndarray | None = None) -> Predictions:
     """The labels as predictions, for testing the path behind the network: it has to score 1.0.
 
-    A network says something about every keypoint, so unlabelled ones lie in the middle of the box.
+    A network says something about every keypoint, so unlabelled ones lie in the middle of the box. ``rows`` takes some
+    usable people alone.
     """
-    rows = shards.usable
+    rows = shards.usable if rows is None else rows
     people = shards.people[rows]
     triples = people["keypoints"].reshape(len(rows), -1, 3)
     middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]

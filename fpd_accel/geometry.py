@@ -6,10 +6,11 @@ A 2x3 matrix maps image pixels to crop pixels.
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int
 
 Matrix = Float64[np.ndarray, "2 3"]
 Point = Float[np.ndarray, "2"]
+Side = int | Int[np.ndarray, "*batch"]  # of an image, or of the image of each box
 
 
 def box_to_region(
@@ -27,7 +28,7 @@ def box_to_region(
     return center.astype(np.float32), (size * padding).astype(np.float32)
 
 
-def clip_box(box: Float[np.ndarray, "*batch 4"], width: int, height: int) -> Float[np.ndarray, "*batch 4"]:
+def clip_box(box: Float[np.ndarray, "*batch 4"], width: Side, height: Side) -> Float[np.ndarray, "*batch 4"]:
     """Boxes cut to the image, in the inclusive pixel convention of the published loader (last pixel = x + w - 1).
 
     A box that lies outside keeps a width or height of zero or less.

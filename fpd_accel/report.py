@@ -73,7 +73,9 @@ def describe_protocol(shards: Shards, options: Evaluate) -> str:
         "none": "no NMS",
     }[options.nms]
     scales = "" if options.scales == (1.0,) else f", scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-    return f"{people}; flip test {'on' if options.flip_test else 'off'}{scales}, {suppression}"
+    return (
+        f"{people}; flip test {'on' if options.flip_test else 'off'}{scales}, {suppression}{shards.skeleton.sigma_note}"
+    )
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:

@@ -255,6 +255,7 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
         f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
         f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
         f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+        f"{trainer.train_shards.skeleton.sigma_note}"
     )
 
 

@@ -11,12 +11,12 @@ LAYERS = [
     {"codecs", "decode", "losses", "models"},
     {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict", "detect"},
+    {"run_directory", "trainer", "predict", "detect", "check"},
     {"run"},
     {"cli"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN = {"data", "models"}  # packages, whose own order is below
+WITHIN = {"data", "models", "check"}  # packages, whose own order is below
 DATA = [
     "batch",
     "painting",

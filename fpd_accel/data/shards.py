@@ -164,7 +164,8 @@ class ShardWriter:
         self.output, self.skeleton, self.clip_boxes, self.head_sizes = output, skeleton, clip_boxes, head_sizes
         self.staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
         self.image_rows: dict[int, tuple[int, int, int]] = {}  # image id -> row, width, height
-        self.digest = hashlib.sha256(skeleton.model_dump_json().encode())
+        # Without the note on where the sigmas are from: it changes neither people nor images.
+        self.digest = hashlib.sha256(skeleton.model_dump_json(exclude={"sigmas_estimated"}).encode())
         self.counts = {"images": 0, "people": 0, "usable": 0} | ({"head_sizes": 0} if head_sizes else {})
         if not clip_boxes:
             self.digest.update(b"boxes as they are")
