@@ -22,6 +22,7 @@ ARCHITECTURES = (
     *(f"hrnet_w{width}" for width in (18, 32, 40, 48)),
     *(f"pose_resnet_{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"tiny_w{width}" for width in (8, 16, 32, 48)),
+    *(f"vitpose_{size}{head}" for size in "sblh" for head in ("", "_simple")),
 )  # and hourglass_{stacks}x{features}
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
 

@@ -72,6 +72,6 @@ def load_model(folder: str | os.PathLike[str]) -> PoseModel:
         WeightsError: not a model folder, or its weights do not fit what it says it is.
     """
     config = read_model_config(folder)
-    model = create_model(config.arch, config.skeleton.num_keypoints)
+    model = create_model(config.arch, config.skeleton.num_keypoints, input_size=config.input_size)
     load_weights(model, Path(folder) / WEIGHTS_NAME)
     return model.eval()

@@ -26,7 +26,7 @@ class Score:
 def model_cost(config: ModelConfig) -> tuple[int, int]:
     """Parameters, and multiply-adds of one forward for one person (convolutions and matrix products alone)."""
     with torch.device("meta"):
-        model = create_model(config.arch, config.skeleton.num_keypoints).eval()
+        model = create_model(config.arch, config.skeleton.num_keypoints, input_size=config.input_size).eval()
         images = torch.empty(1, 3, *config.input_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)

@@ -68,7 +68,9 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
         _train_missing_teacher(recipe, accelerator)
     set_seed(recipe.run.seed)
     train, valid = _open_data(recipe)
-    student = create_model(recipe.student.arch, train.skeleton.num_keypoints)
+    student = create_model(
+        recipe.student.arch, train.skeleton.num_keypoints, input_size=recipe.data.input_size
+    )
     if recipe.student.weights is not None:
         load_weights(student, recipe.student.weights)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
@@ -155,7 +157,7 @@ def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module
             input_size=recipe.data.input_size,
             normalization=Normalization(color=recipe.teacher.color),
         )
-        model = create_model(config.arch, train.skeleton.num_keypoints)
+        model = create_model(config.arch, train.skeleton.num_keypoints, input_size=config.input_size)
         load_weights(model, path)
     if config.skeleton.keypoints != train.skeleton.keypoints:
         raise ConfigError(
