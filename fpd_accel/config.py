@@ -81,6 +81,7 @@ class Codec(Section):
 class Student(Section):
     arch: str
     weights: str | None = None  # start from a finished student: model folder, .safetensors or .pth; strict
+    init: str | None = None  # or from a classification network's backbone (HRNet, ResNet, ViT); the head starts fresh
     color: Literal["rgb", "bgr"] = "rgb"  # channel order that it takes
 
 
@@ -244,8 +245,8 @@ def total_steps(recipe: Recipe, people: int) -> int:
 # Fields that leave the trained weights alone: they may change when a run is resumed. Data, teacher and initial weights
 # are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
 FREE_ON_RESUME = (
-    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "student.weights", "teacher",
-    "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "student.weights",
+    "student.init", "teacher", "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -369,12 +370,16 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if arch is not None and arch not in ARCHITECTURES and not HOURGLASS.fullmatch(arch):
             choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}")
             mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch, choices)}")
+    if recipe.student.weights is not None and recipe.student.init is not None:
+        mistakes.append("student.weights, student.init: give one; weights are a whole network, init a backbone alone")
     if (train.steps is None) == (train.epochs is None):
         mistakes.append("train.steps, train.epochs: give exactly one of the two")
     if train.device_batch is not None and train.global_batch % train.device_batch:
         mistakes.append(
             f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
         )
+    if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
+        mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -403,6 +408,8 @@ def _missing_files(recipe: Recipe) -> list[str]:
             )
     if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
         mistakes.append(f"student.weights: {recipe.student.weights}: no such file or model folder")
+    if recipe.student.init is not None and not Path(recipe.student.init).exists():
+        mistakes.append(f"student.init: {recipe.student.init}: no such file")
     teacher = recipe.teacher
     if recipe.distill.mode != "fpd":
         return mistakes

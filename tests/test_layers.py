@@ -8,10 +8,10 @@ LAYERS = [
     {"errors"},
     {"config", "skeleton"},
     {"geometry", "log", "legacy"},
-    {"codecs", "decode", "losses", "models"},
-    {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
+    {"codecs", "decode", "losses", "models", "layouts"},
+    {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict"},
+    {"run_directory", "trainer", "predict", "import_weights"},
     {"run"},
     {"cli"},
 ]
@@ -20,6 +20,7 @@ WITHIN = {"data", "models"}  # packages, whose own order is below
 DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "stream"]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {("model_folder", "data"), ("model_folder", "weights"), ("teacher", "data"), ("visualize", "data")}
+SAME_LAYER |= {("convert", "weights"), ("fixtures", "weights")}
 
 
 def imports() -> list[tuple[str, str]]:

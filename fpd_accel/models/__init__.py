@@ -38,6 +38,7 @@ MODELS: dict[str, Callable[..., PoseModel]] = {
 }
 """From name to a builder that takes the number of keypoints; hourglasses of any size come from their name alone."""
 
+DEFAULT_INPUT_SIZE = (256, 192)  # (height, width)
 SIZED = "vitpose"  # names that begin so belong to networks built for one input size
 
 HOURGLASS_NAME = re.compile(r"hourglass_([0-9]{1,3})x([0-9]{1,4})")
@@ -49,7 +50,12 @@ def model_names() -> list[str]:
     return [*MODELS, "hourglass_{stacks}x{features}"]
 
 
-def create_model(name: str, num_keypoints: int, *, input_size: tuple[int, int] = (256, 192)) -> PoseModel:
+def is_model(name: str) -> bool:
+    """Can `create_model` build a network of this name?"""
+    return name in MODELS or HOURGLASS_NAME.fullmatch(name) is not None
+
+
+def create_model(name: str, num_keypoints: int, *, input_size: tuple[int, int] = DEFAULT_INPUT_SIZE) -> PoseModel:
     """Build a network with fresh weights.
 
     Args:
@@ -73,4 +79,14 @@ def create_model(name: str, num_keypoints: int, *, input_size: tuple[int, int] =
     raise ModelError(f"{name!r} is not a model; {meant}choose from {', '.join(model_names())}")
 
 
-__all__ = ["MODELS", "PUBLISHED_HOURGLASSES", "ModelError", "PoseModel", "WeightsError", "create_model", "model_names"]
+__all__ = [
+    "DEFAULT_INPUT_SIZE",
+    "MODELS",
+    "PUBLISHED_HOURGLASSES",
+    "ModelError",
+    "PoseModel",
+    "WeightsError",
+    "create_model",
+    "is_model",
+    "model_names",
+]
