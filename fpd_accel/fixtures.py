@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fpd_accel.errors import WeightsError
@@ -114,7 +115,7 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor of this name and shape in the fixtures: normal numbers seeded by the CRC-32 of the name, scaled."""
     if name.endswith(COUNTER):
         return torch.zeros(shape, dtype=torch.int64)
-    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    x: NDArray = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
     if name.endswith("running_var"):
         x = 1 + 0.1 * np.abs(x)
     elif name.endswith("running_mean"):

@@ -128,7 +128,7 @@ class ClassicHead(nn.Module):
         self.deconv_layers = nn.Sequential(*layers)
         self.final_layer = nn.Conv2d(HEAD_CHANNELS, num_keypoints, kernel_size=1)
 
-    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4h 4w"]:
+    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
         return self.final_layer(self.deconv_layers(features))
 
 
@@ -139,7 +139,7 @@ class SimpleHead(nn.Module):
         super().__init__()
         self.final_layer = nn.Conv2d(inputs, num_keypoints, kernel_size=3, padding=1)
 
-    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4h 4w"]:
+    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
         enlarged = F.interpolate(F.relu(features), scale_factor=4, mode="bilinear", align_corners=False)
         return self.final_layer(enlarged)
 
