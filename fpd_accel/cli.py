@@ -81,6 +81,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     predict.set_defaults(run=_predict)
 
+    convert = commands.add_parser("import-weights", help="turn a published checkpoint into a model folder")
+    convert.add_argument("source", type=Path, help=".pth, .pt, .tar, .safetensors, or a folder with model.safetensors")
+    convert.add_argument("--output", type=Path, required=True, help="model folder to make")
+    convert.add_argument("--arch", help="the network; default: told by names and shapes of the tensors")
+    convert.add_argument("--skeleton", default="coco", help="coco (default) or a YAML file: what the keypoints are")
+    convert.add_argument(
+        "--input-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels; default: what the weights or the file's name say, else 256 192",
+    )
+    convert.add_argument(
+        "--color",
+        choices=("rgb", "bgr"),
+        default="rgb",
+        help="channel order that it was trained on (default: rgb; published MPII networks of the FPD repository: bgr)",
+    )
+    convert.add_argument(
+        "--verify", type=Path, metavar="DIR", help="folder of fixtures to compare a checkpoint of the original with"
+    )
+    convert.add_argument(
+        "--codec", choices=("heatmap", "dark", "udp"), help="it was trained by (default: udp for ViTPose, else heatmap)"
+    )
+    convert.set_defaults(run=_import_weights)
+
+    info = commands.add_parser("info", help="what a model folder holds and what it costs")
+    info.add_argument("folder", type=Path, help="model folder, such as runs/quickstart/best")
+    info.set_defaults(run=_info)
+
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
@@ -186,6 +216,32 @@ def _predict(arguments: argparse.Namespace) -> None:
             people.append({"file_name": path.name, "bbox": list(box), "keypoints": triples.round(3).ravel().tolist()})
     (arguments.output / "keypoints.json").write_text(json.dumps(people), encoding="utf-8")
     say(f"{arguments.output}: {len(people)} people in {len(arguments.images)} images")
+
+
+def _import_weights(arguments: argparse.Namespace) -> None:
+    from fpd_accel.import_weights import import_weights
+    from fpd_accel.report import describe_model
+
+    imported = import_weights(
+        arguments.source,
+        arguments.output,
+        arch=arguments.arch,
+        skeleton=arguments.skeleton,
+        input_size=tuple(arguments.input_size) if arguments.input_size else None,
+        color=arguments.color,
+        codec=arguments.codec,
+        verify=arguments.verify,
+    )
+    config = imported.config
+    say(describe_model(str(arguments.output), config))
+    say(f"  {config.input_size[0]} x {config.input_size[1]} (height x width), {config.normalization.color}, "
+        f"skeleton {config.skeleton.name}")  # fmt: skip
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from fpd_accel.report import show_model
+
+    show_model(arguments.folder)
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:

@@ -22,6 +22,7 @@ ARCHITECTURES = (
     *(f"hrnet_w{width}" for width in (18, 32, 40, 48)),
     *(f"pose_resnet_{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"tiny_w{width}" for width in (8, 16, 32, 48)),
+    *(f"vitpose_{size}{head}" for size in "sblh" for head in ("", "_simple")),
 )  # and hourglass_{stacks}x{features}
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
 SIMCC_SUFFIX = "_simcc"  # after any of them: the same network under a SimCC head
@@ -92,6 +93,7 @@ class Codec(Section):
 class Student(Section):
     arch: str
     weights: str | None = None  # start from a finished student: model folder, .safetensors or .pth; strict
+    init: str | None = None  # or from a classification network's backbone (HRNet, ResNet, ViT); the head starts fresh
     color: Literal["rgb", "bgr"] = "rgb"  # channel order that it takes
 
 
@@ -275,7 +277,7 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 # are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "student.weights", "teacher", "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+    "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -400,12 +402,16 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if network is not None and network not in ARCHITECTURES and not HOURGLASS.fullmatch(network):
             choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}", f"any of them with {SIMCC_SUFFIX}")
             mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch or '', choices)}")
+    if recipe.student.weights is not None and recipe.student.init is not None:
+        mistakes.append("student.weights, student.init: give one; weights are a whole network, init a backbone alone")
     if (train.steps is None) == (train.epochs is None):
         mistakes.append("train.steps, train.epochs: give exactly one of the two")
     if train.device_batch is not None and train.global_batch % train.device_batch:
         mistakes.append(
             f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
         )
+    if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
+        mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -476,6 +482,8 @@ def _missing_files(recipe: Recipe) -> list[str]:
             f"evaluate.boxes: {recipe.evaluate.boxes}: no such file; `fpd-accel detect` writes one, and null means the "
             "annotated boxes"
         )
+    if recipe.student.init is not None and not Path(recipe.student.init).exists():
+        mistakes.append(f"student.init: {recipe.student.init}: no such file")
     teacher = recipe.teacher
     if recipe.distill.mode != "fpd":
         return mistakes

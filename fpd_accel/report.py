@@ -1,20 +1,29 @@
 """What networks cost, what they scored and by which protocol, as tables."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fpd_accel.codecs import SimCCCodec
 from fpd_accel.config import Evaluate
+from fpd_accel.convert import WRONG, Conversion, Entry
 from fpd_accel.data.detections import Detections
 from fpd_accel.data.shards import Shards
+from fpd_accel.fixtures import Comparison
 from fpd_accel.log import results
 from fpd_accel.metrics import MPII_GROUPS, MPII_THRESHOLDS
-from fpd_accel.model_folder import ModelConfig
+from fpd_accel.model_folder import ModelConfig, read_model_config
+from fpd_accel.outputs import BINS_PER_PIXEL
 
+LISTED = 20  # missing, misshapen or left-over tensors that are listed by name, of each
 COLUMNS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR")
 
 
@@ -35,6 +44,122 @@ def model_cost(config: ModelConfig) -> tuple[int, int]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+def original_gflops(config: ModelConfig) -> float:
+    """What the published tables call GFLOPs: the original code's count, in units of 2^30, for one person.
+
+    It multiplies the size of a layer's weight by the positions of its output, for convolutions and linear layers alone.
+    For a transposed convolution of stride 2 that is four times its multiply-adds. With it HRNet-W32 has 7.1 "GFLOPs"
+    and PoseResNet-50 has 8.9 at 256 x 192; multiply-adds in units of 10^9 are in :func:`model_cost`.
+    """
+    counted: list[int] = []
+
+    def count(module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        positions = output.shape[:-1] if isinstance(module, nn.Linear) else output.shape[2:]
+        counted.append(module.weight.numel() * positions.numel())
+
+    with torch.device("meta"):
+        model = config.create_model().eval()
+        images = torch.empty(1, 3, *config.input_size)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(images)
+    return sum(counted) / 2**30
+
+
+def _describe_codec(config: ModelConfig) -> str:
+    codec = config.create_codec()
+    if isinstance(codec, SimCCCodec):
+        y_bins, x_bins = (BINS_PER_PIXEL * side for side in codec.input_size)
+        return f"simcc: {x_bins} bins along x, {y_bins} along y"
+    return f"{codec.kind}: {codec.heatmap_size[0]} x {codec.heatmap_size[1]} cells, sigma {codec.sigma:g}"
+
+
+def show_model(folder: str | Path) -> None:
+    """Print what a model folder holds: cost, input, skeleton, normalisation, and where the weights come from.
+
+    Raises:
+        WeightsError: not a model folder.
+    """
+    config = read_model_config(folder)
+    parameters, macs = model_cost(config)
+    height, width = config.input_size
+    pixels, skeleton = config.normalization, config.skeleton
+    table = Table(title=escape(str(folder)), title_justify="left", show_header=False)
+    rows = {
+        "network": config.arch,
+        "parameters": f"{parameters / 1e6:.3f} M",
+        "multiply-adds": f"{macs / 1e9:.3f} G (10^9) per person: convolutions, linear layers, attention",
+        "FLOPs": f"{2 * macs / 1e9:.3f} G: two per multiply-add",
+        "original's GFLOPs": f"{original_gflops(config):.2f}: as the published tables count, in units of 2^30",
+        "input": f"{height} x {width} (height x width), person box x {config.box_padding}",
+        "output": _describe_codec(config),
+        "skeleton": f"{skeleton.name}, {skeleton.num_keypoints} keypoints",
+        "pixels": f"{pixels.color}, mean {_numbers(pixels.mean)}, std {_numbers(pixels.std)}",
+        "source": ", ".join(f"{key}: {value}" for key, value in config.source.items()) or "not recorded",
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    results.print(table)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def show_conversion(source: Path, conversion: Conversion) -> None:
+    """Print what became of every tensor of a file: those that fit in groups, those that do not by name."""
+    title = escape(f"{source.name}: {conversion.arch}, {conversion.layout} layout")
+    table = Table(title=title, title_justify="left")
+    table.add_column("tensors", justify="right")
+    for heading in ("what became of them", "in the file", "in the network"):
+        table.add_column(heading, overflow="fold")
+    rows = Counter(_row(entry) for entry in conversion.entries)
+    listed: Counter[str] = Counter()
+    for (kind, *cells), number in rows.items():
+        listed[kind] += 1
+        if kind not in WRONG or listed[kind] <= LISTED:
+            table.add_row(str(number), *map(escape, cells))
+    for kind in WRONG:
+        if listed[kind] > LISTED:
+            table.add_row(str(listed[kind] - LISTED), f"{kind}: further ones", "...", "...")
+    results.print(table)
+
+
+def _row(entry: Entry) -> tuple[str, str, str, str]:
+    """(kind, what became of it, names in the file, names here): the same for all that share a row of the table."""
+    what = f"{entry.kind}: {entry.note}" if entry.note else entry.kind
+    match entry.kind:
+        case "matched" | "set to zero":
+            return entry.kind, what, "", ""
+        case "missing" | "other shape":
+            return entry.kind, what, "", entry.name
+        case "left over":
+            return entry.kind, what, entry.name, ""
+        case "unread":
+            return entry.kind, what, f"{entry.name.split('.')[0]}.*", ""
+        case "renamed":
+            there, here = (_numberless(name) for name in (entry.sources[0], entry.name))
+            while there and here and there[-1] == here[-1]:  # what stays the same at the end is not worth a row each
+                there, here = there[:-1], here[:-1]
+            return entry.kind, what, ".".join([*there, "*"]), ".".join([*here, "*"])
+
+
+def _numberless(name: str) -> list[str]:
+    return ["N" if part.isdigit() else part for part in name.split(".")]
+
+
+def show_comparisons(title: str, comparisons: Sequence[Comparison]) -> None:
+    """Print the comparison with fixtures, one line each."""
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("", "result", ""):
+        table.add_column(heading)
+    for comparison in comparisons:
+        table.add_row(comparison.what, comparison.result, "agrees" if comparison.agrees else "DIFFERS")
+    results.print(table)
 
 
 def describe_model(name: str, config: ModelConfig) -> str:

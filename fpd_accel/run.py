@@ -10,6 +10,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
 from fpd_accel.config import SIMCC_SUFFIX, Codec, Evaluate, Recipe, teacher_recipe, teacher_weights
+from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
@@ -19,6 +20,7 @@ from fpd_accel.evaluation import evaluate, with_boxes
 from fpd_accel.log import say
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
+from fpd_accel.models.simcc import SimCCModel
 from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
 from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
 from fpd_accel.teacher import Teacher
@@ -69,9 +71,7 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     set_seed(recipe.run.seed)
     train, valid = _open_data(recipe)
     unlabelled = Shards(recipe.data.unlabelled.shards) if recipe.data.unlabelled is not None else None
-    student = create_model(recipe.student.arch, train.skeleton.num_keypoints, input_size=recipe.data.input_size)
-    if recipe.student.weights is not None:
-        load_weights(student, recipe.student.weights)
+    student = _create_student(recipe, train.skeleton.num_keypoints)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
     hard = recipe.distill.hard_keypoints
     if hard is not None and hard > train.skeleton.num_keypoints:
@@ -162,6 +162,17 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
             f"{train.skeleton.name!r}"
         )
     return train, valid if valid is None else with_boxes(valid, recipe.evaluate)
+
+
+def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
+    """A student with fresh weights, with all of a file's, or with the backbone of a classification network."""
+    student = create_model(recipe.student.arch, num_keypoints, input_size=recipe.data.input_size)
+    if recipe.student.weights is not None:
+        load_weights(student, recipe.student.weights)
+    if recipe.student.init is not None:
+        network = student.network if isinstance(student, SimCCModel) else student
+        say(f"student.init: {load_backbone(network, recipe.student.init)}")
+    return student
 
 
 def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:

@@ -8,10 +8,10 @@ LAYERS = [
     {"errors"},
     {"config", "skeleton"},
     {"geometry", "log", "legacy", "outputs"},
-    {"codecs", "decode", "losses", "models"},
-    {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
+    {"codecs", "decode", "losses", "models", "layouts"},
+    {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict", "detect", "check"},
+    {"run_directory", "trainer", "predict", "detect", "check", "import_weights"},
     {"run"},
     {"cli"},
 ]
@@ -34,6 +34,8 @@ DATA = [
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {
     ("decode", "codecs"),
+    ("convert", "weights"),
+    ("fixtures", "weights"),
     ("model_folder", "data"),
     ("model_folder", "weights"),
     ("teacher", "data"),
