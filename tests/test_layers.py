@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "fpd_accel"
 LAYERS = [
     {"errors"},
     {"config", "skeleton"},
-    {"geometry", "log", "legacy"},
+    {"geometry", "log", "legacy", "yacs"},
     {"codecs", "decode", "losses", "models"},
     {"data", "augment", "weights", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN = {"data", "models"}  # packages, whose own order is below
+WITHIN = {"data", "models", "yacs"}  # packages, whose own order is below
 DATA = ["batch", "painting", "figure", "people", "scene", "synthetic", "shards", "coco", "stream"]
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {("model_folder", "data"), ("model_folder", "weights"), ("teacher", "data"), ("visualize", "data")}
