@@ -97,7 +97,7 @@ def _compare(experiment: Experiment, wanted: dict[str, Any], network: str) -> No
     for name, value in wanted.items():
         given = experiment.extra(name)
         if given is None:
-            _refuse(experiment, name, f"missing; {experiment['MODEL.NAME']} needs it")
+            _refuse(experiment, name, f"missing; MODEL.NAME {experiment['MODEL.NAME']} needs it")
         elif given != value:
             _refuse(experiment, name, f"{show(given)} is not supported; {network} has {show(value)}")
 

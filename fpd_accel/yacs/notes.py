@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fpd_accel.config import Student
+from fpd_accel.config import Evaluate, Section, Student
 from fpd_accel.yacs.settings import EXTRA, Experiment, one_line, plain
 
 DEBUG_PICTURES = "debug pictures; here log.pictures_every_steps"
@@ -79,38 +79,48 @@ class Start:
             return Start(finished=finished)
         return Start(backbone=posixpath.join(experiment["DATA_DIR"], backbone) if initialises and backbone else "")
 
-    @property
-    def has_field(self) -> bool:
-        """Whether a recipe can name ImageNet weights."""
-        return "init" in Student.model_fields
+
+def recipe_has(section: type[Section], field: str) -> bool:
+    """Whether a section of our recipes can say this; where it cannot, the comments do."""
+    return field in section.model_fields
+
+
+def has_labels(name: str) -> bool:
+    """Whether a set of the original, such as ``val2017`` or ``test-dev2017``, can be trained or scored on."""
+    return bool(name) and "test" not in name
 
 
 def prepare_commands(experiment: Experiment) -> Iterator[str]:
     """The commands that turn the original's data folders into what the recipe reads."""
     root = posixpath.join(experiment["DATA_DIR"], experiment["DATASET.ROOT"])
-    dataset = experiment["DATASET.DATASET"]
-    for name in dict.fromkeys((experiment["DATASET.TRAIN_SET"], experiment["DATASET.TEST_SET"])):
-        if not name or "test" in name:  # no labels
+    dataset, train, valid = (experiment[f"DATASET.{name}"] for name in ("DATASET", "TRAIN_SET", "TEST_SET"))
+    for name in dict.fromkeys((train, valid)):
+        if not has_labels(name):
             continue
-        images, annotations = f"images/{name}", f"annotations/person_keypoints_{name}.json"
-        if dataset == "mpii":
-            images, annotations = "images", f"annot/{name}.json"
-        paths = (posixpath.join(root, images), posixpath.join(root, annotations), f"data/{dataset}/{name}")
-        images, annotations, output = (shlex.quote(one_line(path)) for path in paths)
-        yield f"fpd-accel prepare {'--format mpii ' if dataset == 'mpii' else ''}--images {images} \\"
-        yield f"    --annotations {annotations} --output {output}"
+        options = [("--images", posixpath.join(root, "images" if dataset == "mpii" else f"images/{name}"))]
+        labels = f"annot/{name}.json" if dataset == "mpii" else f"annotations/person_keypoints_{name}.json"
+        options += [("--annotations", posixpath.join(root, labels)), ("--output", f"data/{dataset}/{name}")]
+        if dataset == "mpii" and name == valid:  # the size of heads, for PCKh
+            options.append(("--ground-truth", posixpath.join(root, f"annot/gt_{name}.mat")))
+        kind = " --format mpii" if dataset == "mpii" else ""
+        if dataset == "coco" and name == valid and not experiment["TEST.USE_GT_BBOX"] and recipe_has(Evaluate, "boxes"):
+            kind = " --keep-empty-images"  # what a detector finds there counts
+        first, *further = (f"{option} {shlex.quote(one_line(value))}" for option, value in options)
+        yield f"fpd-accel prepare{kind} {first} \\"
+        yield f"    {' '.join(further)}"
 
 
 def differences(experiment: Experiment) -> Iterator[str]:
     """What a user has to know who compares numbers."""
-    if experiment["DATASET.DATASET"] == "coco" and not experiment["TEST.USE_GT_BBOX"]:
+    boxes = experiment["DATASET.DATASET"] == "coco" and not experiment["TEST.USE_GT_BBOX"]
+    if boxes and not recipe_has(Evaluate, "boxes"):
         yield (
             "Boxes at evaluation: TEST.USE_GT_BBOX false takes those of a detector, TEST.COCO_BBOX_FILE "
             f"{plain(experiment['TEST.COCO_BBOX_FILE'])}, that score TEST.IMAGE_THRE "
             f"{plain(experiment['TEST.IMAGE_THRE'])} or more. The evaluations of a training run here take ground-truth "
             "boxes, which gives a higher AP: do not compare the two."
         )
-    if not experiment["TEST.POST_PROCESS"]:
+    if not experiment["TEST.POST_PROCESS"] and not recipe_has(Evaluate, "refine"):
         yield "TEST.POST_PROCESS false leaves keypoints at the heatmap's maximum; here they take the quarter step."
     yield (
         "Learning rate: the original steps its schedule at the start of an epoch. With PyTorch 1.0, which it asks for, "
@@ -122,11 +132,11 @@ def differences(experiment: Experiment) -> Iterator[str]:
     )
     yield "The last, smaller batch of an epoch is filled up here with the first people of the next."
     start = Start.of(experiment)
-    if start.backbone and not start.has_field:
-        yield f"The student starts from scratch. The original's starts from {start.backbone} (student.init)."
+    if start.backbone and not recipe_has(Student, "init"):
+        yield f"The student starts from scratch; the original's from MODEL.PRETRAINED {one_line(start.backbone)}."
     if start == Start() and not experiment["MODEL.INIT_WEIGHTS"] and experiment["MODEL.NAME"] != "hourglass":
         yield "MODEL.INIT_WEIGHTS false leaves PyTorch's initial weights; here a network has those of its publication."
-    if start.backbone and start.has_field and not _all_layers(experiment):
+    if start.backbone and recipe_has(Student, "init") and not _all_layers(experiment):
         layers = plain(experiment.extra("PRETRAINED_LAYERS"))
         yield f"MODEL.EXTRA.PRETRAINED_LAYERS {layers}: here every layer that fits takes the ImageNet weights."
     if experiment["DATASET.DATA_FORMAT"] == "zip":
@@ -151,7 +161,8 @@ def unused(experiment: Experiment, instructor: Experiment | None, *, distils: bo
     read = {*READ_OF_TEACHER, *(key for key in instructor.values if key.startswith("MODEL.EXTRA."))}
     other = [key for key, value in instructor.values.items() if key not in read and value != experiment[key]]
     if other:
-        yield f"{', '.join(f'{key} {plain(instructor[key])}' for key in other)} of --tcfg: only its network and its colours are read"
+        keys = ", ".join(f"{key} {plain(instructor[key])}" for key in other)
+        yield f"{keys} of --tcfg: only its network and its colours are read"
 
 
 def _conditional(experiment: Experiment, *, distils: bool) -> dict[str, str]:
@@ -174,7 +185,7 @@ def _conditional(experiment: Experiment, *, distils: bool) -> dict[str, str]:
     for key in experiment.sources:
         if key.startswith("MODEL.EXTRA.") and key not in own:
             reasons[key] = f"{family} does not read it"
-    if not start.backbone or not start.has_field:
+    if not start.backbone or not recipe_has(Student, "init"):
         reasons.setdefault("MODEL.EXTRA.PRETRAINED_LAYERS", "no ImageNet weights")
     elif _all_layers(experiment):
         reasons.setdefault("MODEL.EXTRA.PRETRAINED_LAYERS", "all that ImageNet weights fit, as here")
@@ -184,7 +195,8 @@ def _conditional(experiment: Experiment, *, distils: bool) -> dict[str, str]:
         reasons |= dict.fromkeys(COCO_ALONE, "read for COCO alone")
     elif experiment["TEST.USE_GT_BBOX"]:
         reasons |= dict.fromkeys(DETECTOR, "TEST.USE_GT_BBOX is true")
-        reasons["TEST.USE_GT_BBOX"] = "ground-truth boxes are what evaluation during training takes here"
+        if not recipe_has(Evaluate, "boxes"):
+            reasons["TEST.USE_GT_BBOX"] = "the evaluations of a training run here take ground-truth boxes"
     return reasons
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from fpd_accel.config import Recipe, check_recipe
+from fpd_accel.config import Evaluate, Recipe, Student, check_recipe
 from fpd_accel.errors import ConfigError
 from fpd_accel.yacs.architecture import find_architecture
-from fpd_accel.yacs.notes import Start
+from fpd_accel.yacs.notes import Start, has_labels, recipe_has
 from fpd_accel.yacs.settings import Experiment, read_yaml, show
 from fpd_accel.yacs.text import Line, write_text
 
@@ -44,33 +44,10 @@ def import_config(
     files = (str(student), None if teacher is None else str(teacher))
     text = write_text(lines, experiment, instructor, files=files, overrides=overrides)
     recipe = _check(text, lines)
-    mistakes = experiment.mistakes + (instructor.mistakes if instructor else [])
+    mistakes = dict.fromkeys(experiment.mistakes + (instructor.mistakes if instructor else []))
     if mistakes or recipe is None:
         raise ConfigError("\n".join([f"{student}: cannot be converted to a recipe", *(f"  {m}" for m in mistakes)]))
     return recipe, text
-
-
-def write_recipe(text: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write a recipe whole or not at all.
-
-    Raises:
-        ConfigError: the file exists and ``force`` is not set, or it cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path}: a folder; give the name of a file, such as {path / 'recipe.yaml'}")
-    if path.exists() and not force:
-        raise ConfigError(f"{path}: exists already; give another name, or --force to replace it")
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if staged.is_file():
-            staged.unlink()
 
 
 def _read_files(paths: Sequence[str | os.PathLike[str]]) -> list[dict[Any, Any]]:
@@ -92,7 +69,7 @@ def _check(text: str, lines: Sequence[Line]) -> Recipe | None:
     except ConfigError as error:
         for mistake in str(error).splitlines()[1:]:
             path, _, problem = mistake.strip().partition(": ")
-            line = next(line for line in lines if f"{path}.".startswith(f"{line.path}."))
+            line = next((line for line in lines if f"{path}.".startswith(f"{line.path}.")), lines[0])
             line.experiment.refuse(line.key, f"{problem} ({path} of a recipe)")
     return None
 
@@ -127,11 +104,11 @@ def _distils(experiment: Experiment, instructor: Experiment | None) -> bool:
     if kind != "FPD":
         return False
     if not experiment["KD.TEACHER"]:
-        experiment.refuse(
-            "KD.TEACHER", "missing; KD.TRAIN_TYPE FPD needs the teacher's weights (.pth), NORMAL does not"
-        )
+        experiment.refuse("KD.TEACHER", "missing; KD.TRAIN_TYPE FPD needs the teacher's weights (.pth)")
     if instructor is None:
         experiment.mistakes.append("--tcfg: missing; KD.TRAIN_TYPE FPD needs the teacher's experiment file")
+    if instructor is None or not experiment["KD.TEACHER"]:
+        experiment.wrong.add("KD.TRAIN_TYPE")  # that it lacks a teacher is said already
     return True
 
 
@@ -142,7 +119,9 @@ def _refuse_unsupported(experiment: Experiment, instructor: Experiment | None) -
         experiment.refuse("DATASET.DATASET", f"{show(dataset)} is not supported; choices: {', '.join(KEYPOINTS)}")
     for settings in filter(None, (experiment, instructor)):
         if settings["MODEL.NUM_JOINTS"] != KEYPOINTS.get(dataset) and dataset in KEYPOINTS:
-            problem = f"{settings['MODEL.NUM_JOINTS']}, but a person of {dataset} has {KEYPOINTS[dataset]} keypoints"
+            problem = (
+                f"{settings['MODEL.NUM_JOINTS']}, but DATASET.DATASET {dataset} has {KEYPOINTS[dataset]} keypoints"
+            )
             settings.refuse("MODEL.NUM_JOINTS", problem)
         if not settings["LOSS.USE_TARGET_WEIGHT"]:
             settings.refuse("LOSS.USE_TARGET_WEIGHT", "false is not supported: only labelled keypoints count here")
@@ -165,8 +144,12 @@ def _refuse_unsupported(experiment: Experiment, instructor: Experiment | None) -
             experiment["TRAIN.NESTEROV"] and experiment["TRAIN.OPTIMIZER"] == "sgd",
             "true is not supported: SGD has plain momentum here",
         ),
+        "TEST.COCO_BBOX_FILE": (
+            dataset == "coco" and not experiment["TEST.USE_GT_BBOX"] and not experiment["TEST.COCO_BBOX_FILE"],
+            "missing; TEST.USE_GT_BBOX false needs a detector's boxes, or set it to true",
+        ),
         "TEST.SOFT_NMS": (
-            experiment["TEST.SOFT_NMS"] and dataset == "coco",
+            experiment["TEST.SOFT_NMS"] and dataset == "coco" and not recipe_has(Evaluate, "nms"),
             "true is not supported: evaluation during training drops people that overlap, it does not score them down",
         ),
     }
@@ -177,11 +160,10 @@ def _refuse_unsupported(experiment: Experiment, instructor: Experiment | None) -
 
 def _data(experiment: Experiment) -> list[Line]:
     dataset, train, valid = (experiment[f"DATASET.{name}"] for name in ("DATASET", "TRAIN_SET", "TEST_SET"))
-    if not train or "test" in train:
+    if not has_labels(train):
         experiment.refuse("DATASET.TRAIN_SET", f"{show(train)} is no set with labels to train on")
-    labelled = bool(valid) and "test" not in valid
-    no_labels = "" if labelled else "no labels, so no evaluation"
-    valid = f"data/{dataset}/{valid}" if labelled else None
+    no_labels = "" if has_labels(valid) else "no labels, so no evaluation"
+    valid = f"data/{dataset}/{valid}" if has_labels(valid) else None
     half_body = experiment["DATASET.PROB_HALF_BODY"]
     workers = -(-experiment["WORKERS"] // max(len(experiment["GPUS"]), 1))
 
@@ -223,7 +205,7 @@ def _student(experiment: Experiment, arch: str | None) -> list[Line]:
         Line("student.arch", arch, experiment, "MODEL.NAME", "and MODEL.EXTRA"),
         Line("student.weights", start.finished or None, experiment, "TRAIN.CHECKPOINT"),
     ]
-    if start.backbone and start.has_field:
+    if start.backbone and recipe_has(Student, "init"):
         lines.append(Line("student.init", start.backbone, experiment, "MODEL.PRETRAINED"))
     return [*lines, Line("student.color", _color(experiment), experiment, "DATASET.COLOR_RGB")]
 
@@ -286,11 +268,24 @@ def _optim(experiment: Experiment) -> list[Line]:
 
 
 def _evaluate(experiment: Experiment) -> list[Line]:
-    keys = {"batch": "BATCH_SIZE_PER_GPU", "flip_test": "FLIP_TEST", "flip_shift": "SHIFT_HEATMAP"}
-    if experiment["DATASET.DATASET"] == "coco":
-        keys |= {"nms_threshold": "OKS_THRE", "keypoint_threshold": "IN_VIS_THRE"}
-    every = Line("evaluate.every_epochs", 1, experiment, "", "as there")
-    taken = (
-        Line(f"evaluate.{name}", experiment[f"TEST.{key}"], experiment, f"TEST.{key}") for name, key in keys.items()
-    )
-    return [every, *taken]
+    def line(name: str, key: str, value: object = None) -> Line:
+        return Line(f"evaluate.{name}", experiment[key] if value is None else value, experiment, key)
+
+    lines = [
+        Line("evaluate.every_epochs", 1, experiment, "", "as there"),
+        line("batch", "TEST.BATCH_SIZE_PER_GPU"),
+        line("flip_test", "TEST.FLIP_TEST"),
+        line("flip_shift", "TEST.SHIFT_HEATMAP"),
+    ]
+    if not experiment["TEST.POST_PROCESS"] and recipe_has(Evaluate, "refine"):
+        lines.append(line("refine", "TEST.POST_PROCESS", "none"))
+    if experiment["DATASET.DATASET"] == "mpii":
+        return lines
+    if recipe_has(Evaluate, "boxes") and has_labels(experiment["DATASET.TEST_SET"]):
+        if experiment["TEST.USE_GT_BBOX"]:
+            lines.append(Line("evaluate.boxes", None, experiment, "TEST.USE_GT_BBOX", "the annotated boxes"))
+        else:
+            lines += [line("boxes", "TEST.COCO_BBOX_FILE"), line("box_threshold", "TEST.IMAGE_THRE")]
+    if recipe_has(Evaluate, "nms"):
+        lines.append(line("nms", "TEST.SOFT_NMS", "soft" if experiment["TEST.SOFT_NMS"] else "hard"))
+    return [*lines, line("nms_threshold", "TEST.OKS_THRE"), line("keypoint_threshold", "TEST.IN_VIS_THRE")]

@@ -1,13 +1,16 @@
 """The text of a converted recipe: each value with the key that it comes from, under a header that says what differs."""
 
+import os
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fpd_accel.errors import ConfigError
 from fpd_accel.yacs.notes import differences, prepare_commands, unused
 from fpd_accel.yacs.settings import Experiment, one_line, plain
 
@@ -75,6 +78,29 @@ def write_text(
     return "\n".join([*header, *_body(lines)]) + "\n"
 
 
+def write_recipe(text: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Write a recipe whole or not at all.
+
+    Raises:
+        ConfigError: the file exists and ``force`` is not set, or it cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder; give the name of a file, such as {path / 'recipe.yaml'}")
+    if path.exists() and not force:
+        raise ConfigError(f"{path}: exists already; give another name, or --force to replace it")
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        if staged.is_file():
+            staged.unlink()
+
+
 def _body(lines: Sequence[Line]) -> Iterator[str]:
     """The YAML itself: sections in the order of the lines; comments behind the values or, if too long, above them."""
     opened: list[str] = []
@@ -84,7 +110,9 @@ def _body(lines: Sequence[Line]) -> Iterator[str]:
             if opened[: depth + 1] != sections[: depth + 1]:
                 yield f"{'  ' * depth}{section}:"
         opened, indent = sections, "  " * len(sections)
-        value = yaml.safe_dump(line.value, default_flow_style=True, width=10**9, allow_unicode=True)
+        # PyYAML lets some line breaks of Unicode through, which its reader then takes for ends of lines.
+        printable = isinstance(line.value, str) and line.value.isprintable()
+        value = yaml.safe_dump(line.value, default_flow_style=True, width=10**9, allow_unicode=printable)
         entry = f"{indent}{name}: {value.removesuffix('...' + chr(10)).strip()}"
         behind = f"{entry} # {line.comment}"
         if line.comment and len(behind) > WIDTH:
