@@ -1,6 +1,7 @@
 """Experiment files of the original: what they convert to, against its published runs, and what is refused."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -613,6 +614,18 @@ def test_the_command_refuses_with_one_message_and_writes_nothing(
     for place in (tmp_path, write() / "below.yaml"):
         assert command("--cfg", write(), "--output", place, "--force") == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_command_of_the_readme_converts_the_published_run(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in readme.splitlines() if line.startswith("fpd-accel import-config"))
+    for name, published in (("hrnet_template.yaml", TEMPLATE), ("w48_256x192_adam_lr1e-3.yaml", W48)):
+        (tmp_path / name).write_bytes((shared / "reference" / "legacy_configs" / published).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(line)[1:]) == 0
+    assert_same_run(load_recipe("my_recipe.yaml", check_files=False), "recipes/coco/hrnet_w48_to_w32_256x192.yaml")
 
 
 def test_converting_does_without_torch() -> None:
