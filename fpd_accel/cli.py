@@ -111,6 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("folder", type=Path, help="model folder, such as runs/quickstart/best")
     info.set_defaults(run=_info)
 
+    config = commands.add_parser("import-config", help="turn experiment files of the original code into a recipe")
+    config.add_argument("--cfg", type=Path, required=True, metavar="S.yaml", help="experiment file of the student")
+    config.add_argument("--tcfg", type=Path, metavar="T.yaml", help="experiment file of the teacher")
+    config.add_argument("--output", type=Path, metavar="RECIPE.yaml", help="recipe to write (default: print it)")
+    config.add_argument("--force", action="store_true", help="replace the recipe where it exists")
+    config.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="as the original takes them: TRAIN.LR 0.001 …"
+    )
+    config.set_defaults(run=_import_config)
+
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
@@ -195,6 +205,17 @@ def _check(arguments: argparse.Namespace) -> None:
         save_picture(arguments.output, contact_sheet(shards, labels, choose_people(labels, report.findings)))
         say(f"{arguments.output}: people as they are labelled")
     report.raise_errors()
+
+
+def _import_config(arguments: argparse.Namespace) -> None:
+    from fpd_accel.yacs import import_config, write_recipe
+
+    recipe, text = import_config(arguments.cfg, arguments.overrides, teacher=arguments.tcfg)
+    if arguments.output is None:
+        sys.stdout.write(text)
+        return
+    write_recipe(text, arguments.output, force=arguments.force)
+    say(f"{arguments.output}: {recipe.run.name}; its comments say what differs, and how to prepare the data")
 
 
 def _predict(arguments: argparse.Namespace) -> None:

@@ -206,7 +206,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     Raises:
         ConfigError: lists every mistake at once, each with its dotted path.
     """
-    values, mistakes = _read_yaml(Path(path)), []
+    return check_recipe(_read_yaml(Path(path)), overrides, source=str(path), check_files=check_files)
+
+
+def check_recipe(
+    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str, check_files: bool = True
+) -> Recipe:
+    """The recipe that these sections make up, checked as :func:`load_recipe` does; ``source`` stands in messages."""
+    mistakes: list[str] = []
     for override in overrides:
         mistakes += _apply_override(values, override)
     recipe, wrong = _validate(values)
@@ -217,7 +224,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         follow_ups = _contradictions(recipe) + (_missing_files(recipe) if check_files else [])
         mistakes += [mistake for mistake in follow_ups if re.split(r"[.:]", mistake)[0] not in wrong_sections]
     if mistakes or recipe is None:
-        raise ConfigError("\n".join([f"{path}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)]))
+        raise ConfigError(
+            "\n".join([f"{source}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)])
+        )
     return recipe
 
 

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "fpd_accel"
 LAYERS = [
     {"errors"},
     {"config", "skeleton"},
-    {"geometry", "log", "legacy", "outputs"},
+    {"geometry", "log", "legacy", "outputs", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "checkpoint", "report"},
@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN = {"data", "models", "check"}  # packages, whose own order is below
+WITHIN = {"data", "models", "check", "yacs"}  # packages, whose own order is below
 DATA = [
     "batch",
     "painting",
