@@ -128,15 +128,30 @@ def marginals(
     positive = heatmaps.float().clamp(min=0)
     axes = []
     for profile, count in zip((positive.sum(dim=2), positive.sum(dim=3)), bins, strict=True):
-        cells = profile.shape[-1]
-        place = torch.arange(count, device=profile.device) * (cells / count)
-        left = place.floor().long().clamp(max=cells - 1)
-        right, share = (left + 1).clamp(max=cells - 1), place - left
-        resampled = profile[..., left] * (1 - share) + profile[..., right] * share
-        peak = resampled.amax(dim=-1, keepdim=True)
-        powered = (resampled / peak.clamp(min=1e-12)) ** sharpness
-        axes.append(torch.where(peak > 0, powered / powered.sum(dim=-1, keepdim=True).clamp(min=1e-12), 0.0))
+        peak = profile.amax(dim=-1, keepdim=True)
+        # Of logarithms, so that a Gaussian between the cells is still that Gaussian: they are parabolas.
+        logs = (profile / peak.clamp(min=1e-12)).clamp(min=1e-4).log()
+        powers = sharpness * (logs @ _cubic_weights(profile.shape[-1], count, profile.device))
+        axes.append(torch.where(peak > 0, powers.softmax(dim=-1), 0.0))
     return SimCC(*axes)
+
+
+def _cubic_weights(cells: int, bins: int, device: torch.device) -> Float32[Tensor, "cells bins"]:
+    """Cubic convolution (Keys, 1981), exact for parabolas, from cells to bins that lie ``cells / bins`` cells apart."""
+    place = torch.arange(bins, device=device) * (cells / bins)
+    left = place.floor()
+    t = place - left
+    weights = torch.zeros(cells, bins, device=device)
+    taps = (  # of the cells from one to the left of `left` to two to its right
+        (-t + 2 * t**2 - t**3) / 2,
+        (2 - 5 * t**2 + 3 * t**3) / 2,
+        (t + 4 * t**2 - 3 * t**3) / 2,
+        (t**3 - t**2) / 2,
+    )
+    for offset, tap in enumerate(taps, start=-1):
+        cell = (left.long() + offset).clamp(0, cells - 1)  # the border cell goes on outside
+        weights.scatter_add_(0, cell[None], tap[None])
+    return weights
 
 
 def _check_shapes(predicted: Tensor, target: Tensor, weight: Tensor) -> None:

@@ -27,7 +27,7 @@ class SimCC(NamedTuple):
         return self.map(lambda logits: logits.float().softmax(dim=-1))
 
 
-Output = Float[Tensor, "batch joint height width"] | SimCC
+Output = Float[Tensor, "batch joint heatmap_height heatmap_width"] | SimCC
 
 
 def each(output: Output, function: Callable[[Tensor], Tensor]) -> Output:
