@@ -69,6 +69,10 @@ class Unlabelled(Section):
     """People without labels, mixed into every batch; only the teacher says what is right for them."""
 
     shards: str  # written by `fpd-accel prepare`; their labels, if there are any, are not used
+    boxes: str | None = (
+        None  # a detector's, COCO result JSON as `fpd-accel detect` writes; None: the boxes in the shards
+    )
+    box_threshold: float = 0.5  # detector's score from which on a box is used
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the people of a batch
 
 
@@ -286,7 +290,8 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 # are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate",
+    "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -484,6 +489,8 @@ def _missing_files(recipe: Recipe) -> list[str]:
             mistakes.append(
                 f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
             )
+    if unlabelled is not None and unlabelled.boxes is not None and not Path(unlabelled.boxes).is_file():
+        mistakes.append(f"data.unlabelled.boxes: {unlabelled.boxes}: no such file; `fpd-accel detect` writes one")
     if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
         mistakes.append(f"student.weights: {recipe.student.weights}: no such file or model folder")
     if recipe.evaluate.boxes is not None and not Path(recipe.evaluate.boxes).is_file():

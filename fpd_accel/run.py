@@ -13,6 +13,7 @@ from fpd_accel.config import SIMCC_SUFFIX, Codec, Evaluate, Recipe, teacher_reci
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.detections import Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import ConfigError, TrainingError
@@ -70,7 +71,7 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
         _train_missing_teacher(recipe, accelerator)
     set_seed(recipe.run.seed)
     train, valid = _open_data(recipe)
-    unlabelled = Shards(recipe.data.unlabelled.shards) if recipe.data.unlabelled is not None else None
+    unlabelled = _open_unlabelled(recipe)
     student = _create_student(recipe, train.skeleton.num_keypoints)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
     hard = recipe.distill.hard_keypoints
@@ -161,7 +162,31 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
             f"data.valid: {valid.path} has the keypoints of skeleton {valid.skeleton.name!r}, but data.train those of "
             f"{train.skeleton.name!r}"
         )
-    return train, valid if valid is None else with_boxes(valid, recipe.evaluate)
+    if valid is not None:
+        valid = with_boxes(valid, recipe.evaluate)
+        _refuse_nobody("data.valid", valid)
+    _refuse_nobody("data.train", train)
+    return train, valid
+
+
+def _open_unlabelled(recipe: Recipe) -> Shards | None:
+    """People to learn from without labels: a detector's, or those of the shards."""
+    options = recipe.data.unlabelled
+    if options is None:
+        return None
+    shards = Shards(options.shards)
+    if options.boxes is not None:
+        shards = Detections(shards, options.boxes, threshold=options.box_threshold)
+    _refuse_nobody("data.unlabelled.shards", shards)
+    return shards
+
+
+def _refuse_nobody(field: str, shards: Shards) -> None:
+    if not len(shards):
+        raise ConfigError(
+            f"{field}: {shards.path} has images, but nobody in them; find people with `fpd-accel detect` and name "
+            "the file as data.unlabelled.boxes, or evaluate.boxes"
+        )
 
 
 def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:

@@ -313,13 +313,21 @@ def test_keeping_empty_images_changes_nothing_else(shared: Path, four_images: Sh
     assert torch.equal(one.crops, other.crops)
 
 
-def test_a_dataset_of_empty_images_alone_is_refused(shared: Path, tmp_path: Path) -> None:
+def test_images_alone_can_be_prepared_and_hold_a_detectors_people(shared: Path, tmp_path: Path) -> None:
     content = json.loads((shared / "data" / "coco_sample" / "person_keypoints.json").read_bytes())
     occupied = {person["image_id"] for person in content["annotations"]}
-    empty = {image["id"] for image in content["images"]} - occupied
-    with pytest.raises(DataError, match="no person that can be used"):
-        prepare_sample(shared, tmp_path, images=empty, keep_empty_images=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["boxes.json"]
+    listed = [image for image in content["images"] if image["id"] not in occupied]
+    unlabelled = tmp_path / "image_info.json"
+    unlabelled.write_text(json.dumps({"images": listed}))
+    images, output = shared / "data" / "coco_sample" / "images", tmp_path / "shards"
+    with pytest.raises(DataError, match="no list 'annotations'"):
+        prepare_coco(images, unlabelled, output)
+    shards = prepare_coco(images, unlabelled, output, keep_empty_images=True)
+    assert (len(shards.images), len(shards)) == (len(listed), 0)
+    detections = Detections(shards, write(tmp_path, [detection(listed[2]["id"], [20, 20, 100, 200], 0.7)] * 3))
+    assert len(detections) == 3
+    batch = next(iter(PoseStream(detections, input_size=SIZE, batch_size=3)))
+    assert torch.equal(batch.crops[0], batch.crops[2])
 
 
 # --- which boxes are used ---------------------------------------------------------------------------------------

@@ -52,8 +52,9 @@ def prepare_coco(
     without keypoints and people without area stay in the shards, marked unusable: the evaluation protocol needs them,
     training and inference never see them. Every image is decoded once to prove that it can be.
 
-    ``keep_empty_images`` keeps images without an annotated person too. Only the evaluation of a detector's boxes needs
-    them: what is detected there counts as false alarms in COCO's protocol.
+    ``keep_empty_images`` keeps images without an annotated person too, and takes a file that has images alone. A
+    detector's boxes need them: in evaluation, where what is detected there counts as false alarms in COCO's protocol,
+    and as people to learn from without labels.
 
     Raises:
         DataError: the module's docstring says for what; or ``output`` exists.
@@ -61,11 +62,11 @@ def prepare_coco(
     images, annotations = Path(images), Path(annotations)
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder")
-    dataset = _read(annotations)
-    category_id = _category(annotations, dataset, skeleton, category)
+    dataset = _read(annotations, images_alone=keep_empty_images)
+    category_id = _category(annotations, dataset, skeleton, category) if dataset["annotations"] else None
     skipped: Counter[str] = Counter()
     people = _people(annotations, dataset, category_id, skeleton, skipped)
-    with ShardWriter(Path(output), skeleton) as writer:
+    with ShardWriter(Path(output), skeleton, images_alone=keep_empty_images) as writer:
         listed = [image for image in dataset["images"] if keep_empty_images or people[image["id"]]]
         skipped["image_empty"] = len(dataset["images"]) - len(listed)
         writer.write_images(_images(images, annotations, listed, people, skipped))
@@ -94,8 +95,10 @@ def read_annotations(path: Path) -> Any:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
 
 
-def _read(path: Path) -> Record:
+def _read(path: Path, *, images_alone: bool) -> Record:
     dataset = read_annotations(path)
+    if images_alone and isinstance(dataset, dict):  # as COCO's image_info_unlabeled2017.json
+        dataset = {"annotations": [], "categories": []} | dataset
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file: it has no list {key!r}")
@@ -146,7 +149,7 @@ def _category(path: Path, dataset: Record, skeleton: Skeleton, wanted: str | Non
 
 
 def _people(
-    path: Path, dataset: Record, category: int, skeleton: Skeleton, skipped: Counter[str]
+    path: Path, dataset: Record, category: int | None, skeleton: Skeleton, skipped: Counter[str]
 ) -> dict[int, list[Record]]:
     """Image id -> its annotations of the category, each checked."""
     listed = {c.get("id") for c in dataset["categories"]}

@@ -128,7 +128,8 @@ class Shards:
     def usable(self) -> np.ndarray:
         """Rows of ``people`` that can be cropped, in order."""
         column = self.people.data.column("unused")
-        return np.flatnonzero(np.concatenate([chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks]))
+        chunks = [np.empty(0, dtype=bool), *(chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks)]
+        return np.flatnonzero(np.concatenate(chunks))
 
     @property
     def has_head_sizes(self) -> bool:
@@ -152,16 +153,25 @@ class ShardWriter:
     """Writes a dataset into a temporary sibling of ``output``; :meth:`finish` renames it, leaving the block removes it.
 
     ``clip_boxes``: crops show boxes cut to the image (COCO's protocol) or as they are (MPII's). ``head_sizes``: people
-    have a ``head_size``.
+    have a ``head_size``. ``images_alone``: there may be nobody in them.
 
     Raises:
-        DataError: ``output`` exists, or no usable person was written.
+        DataError: ``output`` exists, or no usable person was written although there may not be images alone.
     """
 
-    def __init__(self, output: Path, skeleton: Skeleton, *, clip_boxes: bool = True, head_sizes: bool = False) -> None:
+    def __init__(
+        self,
+        output: Path,
+        skeleton: Skeleton,
+        *,
+        clip_boxes: bool = True,
+        head_sizes: bool = False,
+        images_alone: bool = False,
+    ) -> None:
         if output.exists():
             raise DataError(f"{output}: exists; remove it or choose another output")
         self.output, self.skeleton, self.clip_boxes, self.head_sizes = output, skeleton, clip_boxes, head_sizes
+        self.images_alone = images_alone
         self.staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
         self.image_rows: dict[int, tuple[int, int, int]] = {}  # image id -> row, width, height
         # Without the note on where the sigmas are from: it changes neither people nor images.
@@ -209,15 +219,21 @@ class ShardWriter:
                     self.counts["head_sizes"] += not reason and record["head_size"] > 0
                 yield record
 
-        first = next(records, None) if self.image_rows else None
-        if first is not None:  # as above
-            records = itertools.chain([first], records)
-            features = people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes)
-            self._save("people", counted(), features)
+        if not self.image_rows:
+            return
+        features = people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes)
+        first = next(records, None)
+        if first is None:  # as above
+            with _quiet_datasets():
+                nobody = Dataset.from_dict({name: [] for name in features}, features=features)
+                nobody.save_to_disk(str(self.staging / "people"))
+            return
+        records = itertools.chain([first], records)
+        self._save("people", counted(), features)
 
     def finish(self, *, source: dict[str, str], skipped: dict[str, int]) -> None:
         """Write ``dataset.json`` and give the dataset its name."""
-        if not self.counts["usable"]:
+        if not self.counts["usable"] and not (self.images_alone and self.counts["images"]):
             raise DataError(
                 f"{self.output}: nothing to write: no person that can be used; left out: {skipped | self.unused}"
             )
