@@ -111,6 +111,9 @@ class Shards:
 
     @cached_property
     def people(self) -> Dataset:
+        if not self.description["counts"]["people"]:
+            features = people_features(self.skeleton.num_keypoints)
+            return Dataset.from_dict({name: [] for name in features}, features=features).with_format("numpy")
         return self._open("people").with_format("numpy")
 
     def _open(self, name: str) -> Dataset:
@@ -223,10 +226,7 @@ class ShardWriter:
             return
         features = people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes)
         first = next(records, None)
-        if first is None:  # as above
-            with _quiet_datasets():
-                nobody = Dataset.from_dict({name: [] for name in features}, features=features)
-                nobody.save_to_disk(str(self.staging / "people"))
+        if first is None:  # as above; `Shards` knows that nobody is there
             return
         records = itertools.chain([first], records)
         self._save("people", counted(), features)
