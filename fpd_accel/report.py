@@ -210,8 +210,8 @@ def show_scores(title: str, scores: Sequence[Score]) -> None:
     """
     table = Table(title=title, title_justify="left")
     columns = _columns(scores[0].metrics)
-    for heading in ("", "network"):
-        table.add_column(heading, no_wrap=True)
+    table.add_column("", overflow="fold")  # of a wide table a folder's name gives way, and no number
+    table.add_column("network", no_wrap=True)
     for heading in ("M params", "GMACs", *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores:
@@ -227,8 +227,8 @@ def show_scores(title: str, scores: Sequence[Score]) -> None:
 def _columns(metrics: dict[str, float]) -> list[tuple[str, str, int]]:
     """Heading, name and digits of the measures in a table. Similarity has no place in MPII's, which has no sigmas."""
     if "PCKh@0.5" in metrics:
-        groups = [(group, f"PCKh_{group}@0.5", 2) for group in MPII_GROUPS]
-        return groups + [(name.replace(" ", "\n", 1), name, 2) for name in MPII_THRESHOLDS]
+        groups = [(group if len(group) < 6 else f"{group[:3]}.", f"PCKh_{group}@0.5", 2) for group in MPII_GROUPS]
+        return groups + [("\n".join(name.split()), name, 2) for name in MPII_THRESHOLDS]
     return [(name, name, 3) for name in COLUMNS] + [(name, name, 1) for name in metrics if name.startswith("PCK")]
 
 

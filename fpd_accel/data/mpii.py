@@ -58,7 +58,8 @@ def prepare_mpii(
     Args:
         images: folder of MPII's images.
         annotations: a JSON list of ``image, center, scale, joints, joints_vis``, such as HRNet's ``train.json`` and
-            ``valid.json``; or ``mpii_human_pose_v1_u12_1.mat``, of which the training images are taken, all of them.
+            ``valid.json``; or ``mpii_human_pose_v1_u12_1.mat``, of which the training images are taken, all of them:
+            whom the literature holds out of those, ``valid.json`` says and the .mat does not.
         output: folder to write.
         ground_truth: HRNet's ``gt_valid.mat``, which goes with its ``valid.json``: the sizes of heads, without which
             there is no PCKh, and the labels that PCKh is measured by. The .mat form has head sizes itself.
@@ -72,7 +73,7 @@ def prepare_mpii(
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder")
     skipped: Counter[str] = Counter()
-    if annotations.suffix == ".mat":
+    if annotations.suffix.lower() == ".mat":
         if ground_truth is not None:
             raise DataError(
                 f"{ground_truth}: {annotations} has head sizes itself; the ground truth goes with HRNet's JSON"

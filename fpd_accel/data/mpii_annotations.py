@@ -77,7 +77,7 @@ def _hrnet_person(name: str, number: int, entry: Any) -> Person:
 def _numbers(name: str, entry: dict[str, Any], field: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         values = np.asarray(entry.get(field), dtype=np.float64)
-    except (TypeError, ValueError):  # words, or lists of different lengths
+    except (TypeError, ValueError, OverflowError):  # words, or lists of different lengths, or 400 digits
         values = np.full((), np.nan)
     if values.shape != shape:
         wanted = " x ".join(map(str, shape)) or "one"
@@ -116,7 +116,8 @@ def read_ground_truth(path: Path) -> GroundTruth:
         if array is None:
             raise DataError(f"{path}: has no {name!r}: not the ground truth of HRNet's MPII evaluation (gt_valid.mat)")
         # MATLAB forgets a last axis of one person.
-        if array.shape[: len(shape)] != shape or array.ndim > len(shape) + 1 or array.dtype.kind not in "biuf":
+        fits = array.shape[: len(shape)] == shape and array.ndim <= len(shape) + 1 and array.size > 0
+        if not fits or array.dtype.kind not in "biuf":
             raise DataError(
                 f"{path}: {name!r} is {array.dtype} {array.shape}, not numbers ({', '.join(map(str, shape))}, people)"
             )
