@@ -217,14 +217,21 @@ def _match(
                 entries.append(Entry("missing", name))
             continue
         entry = placed[name]
-        if tuple(entry.tensor.shape) != shape or entry.tensor.layout != torch.strided:
-            note = f"{tuple(entry.tensor.shape)} in the file, {shape} in the network"
+        if (note := _unfit(entry.tensor, shape)) is not None:
             entries.append(Entry("other shape", name, entry.sources, note))
             continue
         weights[name] = _own(entry.tensor)
         entries.append(Entry("matched" if entry.sources == (name,) else "renamed", name, entry.sources, entry.note))
     left = [source for name, entry in placed.items() if name not in wanted for source in entry.sources]
     return weights, entries + [Entry("left over", source, (source,)) for source in left]
+
+
+def _unfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
+    if tuple(tensor.shape) != shape:
+        return f"{tuple(tensor.shape)} in the file, {shape} in the network"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "stored in a form that cannot be copied"
+    return None
 
 
 def _own(tensor: Tensor) -> Tensor:
