@@ -220,7 +220,7 @@ def _match(
         if (note := _unfit(entry.tensor, shape)) is not None:
             entries.append(Entry("other shape", name, entry.sources, note))
             continue
-        weights[name] = _own(entry.tensor)
+        weights[name] = _own(entry.tensor, torch.int64 if name.endswith(COUNTER) else torch.float32)
         entries.append(Entry("matched" if entry.sources == (name,) else "renamed", name, entry.sources, entry.note))
     left = [source for name, entry in placed.items() if name not in wanted for source in entry.sources]
     return weights, entries + [Entry("left over", source, (source,)) for source in left]
@@ -234,9 +234,8 @@ def _unfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor in single precision (counters as integers), with memory of its own."""
-    dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this precision, with memory of its own."""
     return tensor.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
 

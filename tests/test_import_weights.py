@@ -1,6 +1,7 @@
 """`fpd-accel import-weights` and `fpd-accel info`: whole or not at all, what is recorded, and what a network costs."""
 
 import json
+import math
 import os
 import sys
 import types
@@ -340,19 +341,20 @@ def test_student_init_is_checked_with_the_recipe(tiny_recipe: Callable[..., Path
 @pytest.mark.parametrize(
     ("arch", "published"),
     [
-        ("hrnet_w32", 7.10),
-        ("hrnet_w48", 14.6),
-        ("pose_resnet_50", 8.9),
-        ("pose_resnet_101", 12.4),
-        ("pose_resnet_152", 15.7),
+        ("hrnet_w32", "7.1"),
+        ("hrnet_w48", "14.6"),
+        ("pose_resnet_50", "8.9"),
+        ("pose_resnet_101", "12.4"),
+        ("pose_resnet_152", "15.7"),
     ],
 )
-def test_cost_equals_the_published_tables(arch: str, published: float) -> None:
-    """Table 1 of the HRNet paper, 256 x 192: "GFLOPs" of the original code, to the digits printed there."""
+def test_cost_equals_the_published_tables(arch: str, published: str) -> None:
+    """Table 1 of the HRNet paper, 256 x 192: "GFLOPs" of the original code, whose further digits are cut off there."""
     config = ModelConfig(arch=arch, skeleton=COCO, input_size=(256, 192))
-    assert original_gflops(config) == pytest.approx(published, abs=0.06)
+    gflops = original_gflops(config)
+    assert math.floor(10 * gflops) / 10 == float(published)
     if arch.startswith("hrnet"):  # no transposed convolutions: the same multiply-adds in another unit
-        assert model_cost(config)[1] / 2**30 == pytest.approx(original_gflops(config), rel=1e-9)
+        assert model_cost(config)[1] / 2**30 == pytest.approx(gflops, rel=1e-9)
 
 
 def test_cost_of_a_vision_transformer_counts_attention() -> None:
