@@ -217,19 +217,25 @@ def _match(
                 entries.append(Entry("missing", name))
             continue
         entry = placed[name]
-        if tuple(entry.tensor.shape) != shape or entry.tensor.layout != torch.strided:
-            note = f"{tuple(entry.tensor.shape)} in the file, {shape} in the network"
+        if (note := _unfit(entry.tensor, shape)) is not None:
             entries.append(Entry("other shape", name, entry.sources, note))
             continue
-        weights[name] = _own(entry.tensor)
+        weights[name] = _own(entry.tensor, torch.int64 if name.endswith(COUNTER) else torch.float32)
         entries.append(Entry("matched" if entry.sources == (name,) else "renamed", name, entry.sources, entry.note))
     left = [source for name, entry in placed.items() if name not in wanted for source in entry.sources]
     return weights, entries + [Entry("left over", source, (source,)) for source in left]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor in single precision (counters as integers), with memory of its own."""
-    dtype = torch.float32 if tensor.is_floating_point() else torch.int64
+def _unfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
+    if tuple(tensor.shape) != shape:
+        return f"{tuple(tensor.shape)} in the file, {shape} in the network"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "stored in a form that cannot be copied"
+    return None
+
+
+def _own(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this precision, with memory of its own."""
     return tensor.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 from fpd_accel.config import Codec
 from fpd_accel.convert import Conversion, convert, refuse_mistakes
@@ -100,8 +101,8 @@ def import_weights(
         if output.exists():
             output.rmdir()
         staged.rename(output)
-    except OSError as error:
-        raise WeightsError(f"{output}: cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{output}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Imported(config, conversion, tuple(comparisons))

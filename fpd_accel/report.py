@@ -88,7 +88,7 @@ def show_model(folder: str | Path) -> None:
     parameters, macs = model_cost(config)
     height, width = config.input_size
     pixels, skeleton = config.normalization, config.skeleton
-    table = Table(title=escape(str(folder)), title_justify="left", show_header=False)
+    table = Table(show_header=False)
     rows = {
         "network": config.arch,
         "parameters": f"{parameters / 1e6:.3f} M",
@@ -103,7 +103,7 @@ def show_model(folder: str | Path) -> None:
     }
     for name, value in rows.items():
         table.add_row(name, escape(value))
-    results.print(table)
+    _print(str(folder), table)
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -112,8 +112,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 def show_conversion(source: Path, conversion: Conversion) -> None:
     """Print what became of every tensor of a file: those that fit in groups, those that do not by name."""
-    title = escape(f"{source.name}: {conversion.arch}, {conversion.layout} layout")
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("tensors", justify="right")
     for heading in ("what became of them", "in the file", "in the network"):
         table.add_column(heading, overflow="fold")
@@ -126,7 +125,7 @@ def show_conversion(source: Path, conversion: Conversion) -> None:
     for kind in WRONG:
         if listed[kind] > LISTED:
             table.add_row(str(listed[kind] - LISTED), f"{kind}: further ones", "...", "...")
-    results.print(table)
+    _print(f"{source.name}: {conversion.arch}, {conversion.layout} layout", table)
 
 
 def _row(entry: Entry) -> tuple[str, str, str, str]:
@@ -154,11 +153,17 @@ def _numberless(name: str) -> list[str]:
 
 def show_comparisons(title: str, comparisons: Sequence[Comparison]) -> None:
     """Print the comparison with fixtures, one line each."""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     for heading in ("", "result", ""):
         table.add_column(heading)
     for comparison in comparisons:
         table.add_row(comparison.what, comparison.result, "agrees" if comparison.agrees else "DIFFERS")
+    _print(title, table)
+
+
+def _print(title: str, table: Table) -> None:
+    """A table under its title, which a narrow table would break into lines."""
+    results.print(escape(title), soft_wrap=True)
     results.print(table)
 
 

@@ -192,8 +192,13 @@ def _refuse_nobody(field: str, shards: Shards) -> None:
 def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
     """A student with fresh weights, with all of a file's, or with the backbone of a classification network."""
     student = create_model(recipe.student.arch, num_keypoints, input_size=recipe.data.input_size)
-    if recipe.student.weights is not None:
-        load_weights(student, recipe.student.weights)
+    weights = recipe.student.weights
+    if weights is not None:
+        load_weights(student, weights)
+    if weights is not None and (Path(weights) / "config.json").is_file():
+        color = read_model_config(weights).normalization.color
+        if color != recipe.student.color:
+            raise ConfigError(f"student.weights: {weights} takes {color} images; set student.color={color}")
     if recipe.student.init is not None:
         network = student.network if isinstance(student, SimCCModel) else student
         say(f"student.init: {load_backbone(network, recipe.student.init)}")

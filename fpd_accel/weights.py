@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fpd_accel.errors import WeightsError
+from fpd_accel.layouts import ORIGINAL, VITPOSE, recognise_layout
 from fpd_accel.legacy import read_checkpoint
 from fpd_accel.models import DEFAULT_INPUT_SIZE, PoseModel, create_model, is_model
 from fpd_accel.models.recognise import input_size_of, recognise
@@ -102,9 +103,22 @@ def advice(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wanted: Mapp
         )
     if sum(shapes.get(name) == shape for name, shape in wanted.items()) > 0.9 * len(wanted):
         return "they are incomplete, or of a variant of this architecture; load a file that was saved from this one"
+    if (other := other_library(shapes)) is not None:
+        return other
     if name := known_architecture(shapes, model.num_keypoints):
         return f"these look like weights of another architecture, {name}; create that model, or load another file"
     return "these look like weights of another architecture; load a file that was saved from this one"
+
+
+def other_library(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return what to do with a file whose names are those of another library, or None."""
+    try:
+        layout = recognise_layout(shapes)
+    except WeightsError as error:
+        return str(error)
+    if layout in (ORIGINAL, VITPOSE):
+        return None
+    return f"its names are those of {layout.name}; make a model folder of it with `fpd-accel import-weights`"
 
 
 def other_keypoints(
