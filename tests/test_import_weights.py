@@ -1,7 +1,6 @@
 """`fpd-accel import-weights` and `fpd-accel info`: whole or not at all, what is recorded, and what a network costs."""
 
 import json
-import math
 import os
 import sys
 import types
@@ -349,10 +348,10 @@ def test_student_init_is_checked_with_the_recipe(tiny_recipe: Callable[..., Path
     ],
 )
 def test_cost_equals_the_published_tables(arch: str, published: str) -> None:
-    """Table 1 of the HRNet paper, 256 x 192: "GFLOPs" of the original code, whose further digits are cut off there."""
+    """Table 1 of the HRNet paper, 256 x 192, to its one digit, which it cuts off (8.99, 15.76) or rounds (12.38)."""
     config = ModelConfig(arch=arch, skeleton=COCO, input_size=(256, 192))
     gflops = original_gflops(config)
-    assert math.floor(10 * gflops) / 10 == float(published)
+    assert abs(gflops - float(published)) < 0.1
     if arch.startswith("hrnet"):  # no transposed convolutions: the same multiply-adds in another unit
         assert model_cost(config)[1] / 2**30 == pytest.approx(gflops, rel=1e-9)
 
