@@ -35,6 +35,14 @@ def main() -> int:
         help="of the region cropped, 1 among them; heatmaps are averaged",
     )
     parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=True, help="default: on")
+    parser.add_argument(
+        "--refine",
+        choices=("none", "quarter", "dark"),
+        help="step below a heatmap cell (default: the network's codec's)",
+    )
+    parser.add_argument(
+        "--stages", choices=("last", "mean"), default="last", help="of a network with several (default: last)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="people per forward on one rank (default: 32)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes per rank (default: 2)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -50,6 +58,8 @@ def main() -> int:
         parser.error("--scales are positive numbers, 1 among them")
     options = Evaluate(
         scales=tuple(arguments.scales),
+        refine=arguments.refine,
+        stages=arguments.stages,
         flip_test=arguments.flip_test,
         batch=arguments.batch,
         boxes=arguments.boxes,

@@ -15,7 +15,7 @@ from fpd_accel import Distiller, create_model
 from fpd_accel.codecs import SimCCCodec
 from fpd_accel.config import Augment, Distill, load_recipe
 from fpd_accel.data import Batch, PoseStream, Shards
-from fpd_accel.errors import CheckpointError, ConfigError
+from fpd_accel.errors import CheckpointError, ConfigError, DataError, ModelError
 from fpd_accel.losses import heatmap_kl, heatmap_mse, heatmap_ohkm, marginals, simcc_kl
 from fpd_accel.outputs import SimCC, mean_output
 
@@ -179,6 +179,16 @@ def test_simcc_student_learns_from_heatmaps_and_from_distributions(teacher_arch:
     assert curve[-1] < 0.8 * curve[0]
 
 
+@pytest.mark.parametrize("arch", ["hrnet_w18", "vitpose_s", "pose_resnet_18", "hourglass_2x16"])
+def test_simcc_heads_go_on_networks_of_every_kind(arch: str) -> None:
+    model = create_model(f"{arch}_simcc", 5, input_size=(64, 128)).eval()
+    (output,) = model(torch.zeros(1, 3, 64, 128))
+    assert output.x.shape == (1, 5, 256)
+    assert output.y.shape == (1, 5, 128)
+    with pytest.raises(ModelError, match="built for images of 64 x 128"):
+        model(torch.zeros(1, 3, 128, 128))
+
+
 def test_mean_of_stages_is_their_mean() -> None:
     a, b = random_maps(1, 2, 3, 4, seed=0), random_maps(1, 2, 3, 4, seed=1)
     torch.testing.assert_close(mean_output((a, b)), (a + b) / 2)
@@ -273,6 +283,30 @@ def test_run_with_unlabelled_people_tells_the_shares_apart_and_resumes_exactly(
     assert all(torch.equal(value, students[1][key]) for key, value in students[0].items())
     with pytest.raises(CheckpointError, match=r"data\.unlabelled"):
         train(recipe("halves"), "train.steps=9", f"data.unlabelled.shards={load_recipe(recipe('halves')).data.train}")
+
+
+def test_unlabelled_people_can_be_a_detectors(
+    tiny_recipe: Callable[..., Path], teacher_folder: Callable[..., Path], tiny_valid: Path, tmp_path: Path
+) -> None:
+    image = int(Shards(tiny_valid).images[2]["id"])
+    boxes = tmp_path / "boxes.json"
+    found = [
+        {"image_id": image, "category_id": 1, "bbox": [10, 5, 40 + i, 80], "score": 0.3 + 0.2 * i} for i in range(4)
+    ]
+    boxes.write_text(json.dumps(found))
+    recipe = tiny_recipe(
+        run={"name": "run"},
+        data={"unlabelled": {"shards": str(tiny_valid), "boxes": str(boxes), "share": 0.5}, "valid": None},
+        teacher={"weights": str(teacher_folder())},
+        distill={"mode": "fpd", "mask": "all"},
+        train={"steps": 2},
+    )
+    train(recipe)
+    assert all(record["train_kd_unlabelled_loss"] > 0 for record in training(tmp_path / "run"))
+    with pytest.raises(DataError, match="none of its 4 boxes can be used"):
+        train(recipe, "run.name=other", "data.unlabelled.box_threshold=0.95")
+    with pytest.raises(ConfigError, match=r"data\.unlabelled\.boxes: nothing\.json: no such file"):
+        load_recipe(recipe, ["data.unlabelled.boxes=nothing.json"])
 
 
 def test_epochs_are_those_of_the_labelled_people(
