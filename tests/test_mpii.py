@@ -308,7 +308,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "joints of three numbers": (lambda s: s.people[0].update(joints=[[1, 2, 3]] * 16), "should hold 16 x 2 numbers"),
     "a joint short of a number": (lambda s: s.people[0]["joints"][3].pop(), "'joints' should hold 16 x 2 numbers"),
     "joints in words": (lambda s: s.people[0].update(joints=[["a", "b"]] * 16), "should hold 16 x 2 numbers"),
-    "a number too long": (lambda s: s.people[0].update(scale=10**400), "'scale' should hold"),
+    "a number too long": (lambda s: s.people[0].update(scale=10**400), "not a finite number"),
     "a joint that is nowhere": (lambda s: s.people[0]["joints"][3].__setitem__(0, math.nan), "not a finite number"),
     "17 visibilities": (lambda s: s.people[2]["joints_vis"].append(1), "person 3: 'joints_vis' should hold 16 numbers"),
     "another visibility": (lambda s: s.people[2]["joints_vis"].__setitem__(0, 3), "neither 0 nor 1"),
