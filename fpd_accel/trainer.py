@@ -23,13 +23,14 @@ from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
 from fpd_accel.errors import TrainingError
-from fpd_accel.evaluation import evaluate, selection_metric
+from fpd_accel.evaluation import evaluate
 from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
 from fpd_accel.report import protocol
+from fpd_accel.scoring import selection_metric
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
 

@@ -20,11 +20,11 @@ from fpd_accel.check.sheet import CAPTION, CELL, COLUMNS
 from fpd_accel.config import Evaluate
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards, ShardWriter
-from fpd_accel.evaluation import ground_truth, ground_truth_predictions, results
 from fpd_accel.metrics import average_precision
 from fpd_accel.model_folder import ModelConfig, read_model_config, save_model
 from fpd_accel.models import create_model
 from fpd_accel.run import evaluate_folder
+from fpd_accel.scoring import ground_truth, ground_truth_predictions, results
 from fpd_accel.skeleton import COCO, Skeleton, load_skeleton
 from fpd_accel.visualize import keypoint_colors
 

@@ -19,13 +19,14 @@ from fpd_accel.data.detections import Detections, read_detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.errors import ConfigError, DataError
-from fpd_accel.evaluation import Predictions, crowding, evaluate, ground_truth, predict, results, with_boxes
+from fpd_accel.evaluation import evaluate, predict, with_boxes
 from fpd_accel.geometry import clip_box
 from fpd_accel.metrics import average_precision
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.models import create_model
 from fpd_accel.report import describe_protocol, protocol
 from fpd_accel.run import evaluate_folder
+from fpd_accel.scoring import Predictions, crowding, ground_truth, results
 from fpd_accel.skeleton import COCO
 
 SIZE = (64, 48)  # (height, width) of crops

@@ -11,7 +11,7 @@ LAYERS = [
     {"geometry", "log", "legacy", "outputs", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
-    {"distill", "evaluation", "checkpoint", "report"},
+    {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"run_directory", "trainer", "predict", "detect", "check", "import_weights"},
     {"run"},
     {"cli"},
@@ -22,6 +22,7 @@ TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {
     ("decode", "codecs"),
     ("convert", "weights"),
+    ("evaluation", "scoring"),
     ("fixtures", "weights"),
     ("model_folder", "data"),
     ("model_folder", "weights"),

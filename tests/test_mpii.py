@@ -23,9 +23,9 @@ from fpd_accel.data.mpii import SKIPPED, prepare_mpii
 from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream
 from fpd_accel.errors import DataError
-from fpd_accel.evaluation import Predictions, ground_truth_predictions, head_accuracy, regions, selection_metric
 from fpd_accel.metrics import mpii_scores
 from fpd_accel.run import run
+from fpd_accel.scoring import Predictions, ground_truth_predictions, head_accuracy, regions, selection_metric
 from fpd_accel.skeleton import MPII
 
 WIDTH, HEIGHT = 90, 70

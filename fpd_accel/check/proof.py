@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from fpd_accel.check.labels import Finding, Labels
 from fpd_accel.config import Evaluate
 from fpd_accel.data.shards import Shards
-from fpd_accel.evaluation import ground_truth, ground_truth_predictions, results
 from fpd_accel.geometry import box_to_region, clip_box
 from fpd_accel.log import track
 from fpd_accel.metrics import average_precision
+from fpd_accel.scoring import ground_truth, ground_truth_predictions, results
 
 INPUT_SIZE = (256, 192)  # decides the regions whose area scales OKS in the suppression of near-duplicates
 PADDING = 1.25
