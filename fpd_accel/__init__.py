@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fpd_accel import codecs, decode, losses, metrics
     from fpd_accel.config import load_recipe
     from fpd_accel.data.coco import prepare_coco
+    from fpd_accel.data.mpii import prepare_mpii
     from fpd_accel.distill import Distiller
     from fpd_accel.evaluation import evaluate
     from fpd_accel.model_folder import load_model
@@ -29,6 +30,7 @@ _HOMES = {
     "load_recipe": "config",
     "load_weights": "weights",
     "prepare_coco": "data.coco",
+    "prepare_mpii": "data.mpii",
 }
 _MODULES = ("codecs", "decode", "losses", "metrics")
 
@@ -47,6 +49,7 @@ __all__ = [
     "losses",
     "metrics",
     "prepare_coco",
+    "prepare_mpii",
 ]
 
 

@@ -25,9 +25,9 @@ class Geometry:
     flip: bool = False
 
 
-def sample_generator(seed: int, epoch: int, person: int) -> np.random.Generator:
-    """The random stream of one person in one epoch: the same on every rank, worker and restart."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, person]))
+def sample_generator(seed: int, epoch: int, person: int, *, source: int = 0) -> np.random.Generator:
+    """The random stream of one person of a dataset in one epoch: the same on every rank, worker and restart."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, source, person]))
 
 
 def draw_geometry(

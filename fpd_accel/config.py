@@ -22,8 +22,10 @@ ARCHITECTURES = (
     *(f"hrnet_w{width}" for width in (18, 32, 40, 48)),
     *(f"pose_resnet_{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"tiny_w{width}" for width in (8, 16, 32, 48)),
+    *(f"vitpose_{size}{head}" for size in "sblh" for head in ("", "_simple")),
 )  # and hourglass_{stacks}x{features}
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
+SIMCC_SUFFIX = "_simcc"  # after any of them: the same network under a SimCC head
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -63,9 +65,21 @@ class Synthetic(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class Unlabelled(Section):
+    """People without labels, mixed into every batch; only the teacher says what is right for them."""
+
+    shards: str  # written by `fpd-accel prepare`; their labels, if there are any, are not used
+    boxes: str | None = (
+        None  # a detector's, COCO result JSON as `fpd-accel detect` writes; None: the boxes in the shards
+    )
+    box_threshold: float = 0.5  # detector's score from which on a box is used
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the people of a batch
+
+
 class Data(Section):
     train: str  # shards written by `fpd-accel prepare`
     valid: str | None = None  # shards of the held-out people; None: never evaluate
+    unlabelled: Unlabelled | None = None  # more people to train on, with the teacher alone
     synthetic: Synthetic | None = None
     input_size: tuple[Positive, Positive] = (256, 192)  # (height, width) of a crop, pixels
     box_padding: Annotated[float, Field(ge=1)] = 1.25  # factor on the person's box
@@ -74,12 +88,16 @@ class Data(Section):
 
 
 class Codec(Section):
-    sigma: Annotated[float, Field(gt=0)] = 2.0  # heatmap cells (one cell is 4 input pixels)
+    """How keypoints become targets and outputs keypoints (see ``codecs.py``)."""
+
+    name: Literal["heatmap", "dark", "udp", "simcc"] = "heatmap"
+    sigma: Annotated[float, Field(gt=0)] | None = None  # cells of 4 pixels, None: 2; simcc: bins, None: sqrt(side / 8)
 
 
 class Student(Section):
     arch: str
     weights: str | None = None  # start from a finished student: model folder, .safetensors or .pth; strict
+    init: str | None = None  # or from a classification network's backbone (HRNet, ResNet, ViT); the head starts fresh
     color: Literal["rgb", "bgr"] = "rgb"  # channel order that it takes
 
 
@@ -97,7 +115,12 @@ class Distill(Section):
     alpha: Fraction = 0.5  # weight of the teacher's term; 1 - alpha of the labels' term
     alpha_final: Fraction | None = None  # where the schedule ends; None: alpha throughout
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    mask: Literal["visible"] = "visible"  # which keypoints the teacher's term counts: the labelled ones
+    mask: Literal["visible", "all", "confident"] = "visible"  # keypoints of the teacher's term: the labelled ones, ...
+    confidence: Fraction = 0.3  # ... or those whose peak of the teacher is above this
+    distance: Literal["mse", "kl"] = "mse"  # of the teacher's term; SimCC students take kl
+    temperature: Annotated[float, Field(gt=0)] | None = None  # kl: divides both; None: 0.1 for heatmaps, 1 for SimCC
+    teacher_stage: Literal["last", "each"] = "last"  # that a student's stage is compared with
+    hard_keypoints: Positive | None = None  # labels' term: only so many of each person's worst (OHKM); None: all
 
 
 class Train(Section):
@@ -129,8 +152,16 @@ class Evaluate(Section):
     every_epochs: Annotated[float, Field(gt=0)] | None = 1.0  # None: only at the end
     batch: Positive = 32  # people per forward on one rank
     flip_test: bool = True  # average with the mirrored image's heatmaps
-    flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does
-    nms_threshold: Fraction = 0.9  # OKS above which the lower-scored of two people is dropped
+    flip_shift: bool = True  # move the mirrored heatmaps right by one cell, as the published protocol does; not udp
+    refine: Literal["none", "quarter", "dark"] | None = None  # step below a cell; None: the codec's own
+    stages: Literal["last", "mean"] = "last"  # of a network with several
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (
+        1.0,
+    )  # of the region cropped; the mean of their heatmaps counts
+    boxes: str | None = None  # a detector's boxes in data.valid's images, COCO result JSON; None: the annotated boxes
+    box_threshold: float = 0.0  # detector's score from which on a box is used
+    nms: Literal["hard", "soft", "none"] = "hard"  # what becomes of several poses of one person, by OKS
+    nms_threshold: Fraction = 0.9  # hard: OKS above which the lower-scored of two poses is dropped; soft: of the decay
     keypoint_threshold: Fraction = 0.2  # heatmap score above which a keypoint counts in a person's score
     teacher: bool = True  # evaluate the teacher too, once, for the table at the end
 
@@ -179,7 +210,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     Raises:
         ConfigError: lists every mistake at once, each with its dotted path.
     """
-    values, mistakes = _read_yaml(Path(path)), []
+    return check_recipe(_read_yaml(Path(path)), overrides, source=str(path), check_files=check_files)
+
+
+def check_recipe(
+    values: dict[str, Any], overrides: Sequence[str] = (), *, source: str, check_files: bool = True
+) -> Recipe:
+    """The recipe that these sections make up, checked as :func:`load_recipe` does; ``source`` stands in messages."""
+    mistakes: list[str] = []
     for override in overrides:
         mistakes += _apply_override(values, override)
     recipe, wrong = _validate(values)
@@ -190,7 +228,9 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         follow_ups = _contradictions(recipe) + (_missing_files(recipe) if check_files else [])
         mistakes += [mistake for mistake in follow_ups if re.split(r"[.:]", mistake)[0] not in wrong_sections]
     if mistakes or recipe is None:
-        raise ConfigError("\n".join([f"{path}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)]))
+        raise ConfigError(
+            "\n".join([f"{source}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)])
+        )
     return recipe
 
 
@@ -234,17 +274,24 @@ def accumulation_steps(recipe: Recipe, ranks: int) -> tuple[int, int]:
 
 
 def total_steps(recipe: Recipe, people: int) -> int:
-    """Optimizer steps of a run over this many training people."""
+    """Optimizer steps of a run over this many labelled training people."""
     if recipe.train.steps is not None:
         return recipe.train.steps
-    return max(1, round((recipe.train.epochs or 0) * people / recipe.train.global_batch))
+    return max(1, round((recipe.train.epochs or 0) * steps_per_epoch(recipe, people)))
+
+
+def steps_per_epoch(recipe: Recipe, people: int) -> float:
+    """Optimizer steps in which every labelled person comes once."""
+    unlabelled = recipe.data.unlabelled
+    return people / (recipe.train.global_batch * (1 - (unlabelled.share if unlabelled is not None else 0.0)))
 
 
 # Fields that leave the trained weights alone: they may change when a run is resumed. Data, teacher and initial weights
 # are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
 FREE_ON_RESUME = (
-    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "student.weights", "teacher",
-    "train.steps", "train.epochs", "evaluate", "log", "checkpoint",
+    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
+    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate",
+    "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -365,15 +412,20 @@ def _contradictions(recipe: Recipe) -> list[str]:
     mistakes = []
     train, optim, distill, teacher = recipe.train, recipe.optim, recipe.distill, recipe.teacher
     for path, arch in (("student.arch", recipe.student.arch), ("teacher.arch", teacher.arch)):
-        if arch is not None and arch not in ARCHITECTURES and not HOURGLASS.fullmatch(arch):
-            choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}")
-            mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch, choices)}")
+        network = arch.removesuffix(SIMCC_SUFFIX) if arch is not None else None
+        if network is not None and network not in ARCHITECTURES and not HOURGLASS.fullmatch(network):
+            choices = (*ARCHITECTURES, "hourglass_{stacks}x{features}", f"any of them with {SIMCC_SUFFIX}")
+            mistakes.append(f"{path}: {arch!r} is no architecture; {_did_you_mean(arch or '', choices)}")
+    if recipe.student.weights is not None and recipe.student.init is not None:
+        mistakes.append("student.weights, student.init: give one; weights are a whole network, init a backbone alone")
     if (train.steps is None) == (train.epochs is None):
         mistakes.append("train.steps, train.epochs: give exactly one of the two")
     if train.device_batch is not None and train.global_batch % train.device_batch:
         mistakes.append(
             f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
         )
+    if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
+        mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -390,18 +442,64 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    if 1.0 not in recipe.evaluate.scales or len(set(recipe.evaluate.scales)) < len(recipe.evaluate.scales):
+        mistakes.append(f"evaluate.scales: {list(recipe.evaluate.scales)}: 1.0 has to be among them, and each once")
+    if recipe.evaluate.boxes is not None and recipe.data.valid is None:
+        mistakes.append("evaluate.boxes: there is nobody to evaluate on; set data.valid to the shards of these images")
+    if recipe.evaluate.nms == "soft" and recipe.evaluate.nms_threshold == 0:
+        mistakes.append("evaluate.nms_threshold: 0 leaves nobody beside the best; soft suppression divides by it")
+    return mistakes + _objective_contradictions(recipe)
+
+
+def _objective_contradictions(recipe: Recipe) -> list[str]:
+    """The same for what the codec, the losses and unlabelled people ask of each other."""
+    mistakes = []
+    distill, simcc = recipe.distill, recipe.student.arch.endswith(SIMCC_SUFFIX)
+    if simcc != (recipe.codec.name == "simcc"):
+        mistakes.append(
+            f"codec.name: {recipe.codec.name!r} does not fit {recipe.student.arch!r}; codec simcc goes with an "
+            f"architecture that ends in {SIMCC_SUFFIX}, and with no other"
+        )
+    if simcc and distill.mode == "fpd" and distill.distance != "kl":
+        mistakes.append("distill.distance: 'mse' compares heatmaps; a SimCC student takes distill.distance=kl")
+    if simcc and distill.hard_keypoints is not None:
+        mistakes.append("distill.hard_keypoints: is for heatmaps; a SimCC student does without it")
+    if distill.temperature is not None and distill.distance != "kl":
+        mistakes.append("distill.temperature: goes with distill.distance=kl")
+    if recipe.data.unlabelled is not None and distill.mode != "fpd":
+        mistakes.append("data.unlabelled: needs a teacher, who alone says what is right for them: distill.mode=fpd")
+    elif recipe.data.unlabelled is not None and distill.mask == "visible":
+        mistakes.append(
+            "distill.mask: 'visible' counts labelled keypoints alone, of which data.unlabelled has none; "
+            "use confident or all"
+        )
     return mistakes
 
 
 def _missing_files(recipe: Recipe) -> list[str]:
     mistakes = []
-    for path, shards in (("data.train", recipe.data.train), ("data.valid", recipe.data.valid)):
-        if shards is not None and recipe.data.synthetic is None and not (Path(shards) / "dataset.json").is_file():
+    unlabelled = recipe.data.unlabelled
+    drawn = recipe.data.synthetic is not None
+    for path, shards in (
+        ("data.train", None if drawn else recipe.data.train),
+        ("data.valid", None if drawn else recipe.data.valid),
+        ("data.unlabelled.shards", unlabelled.shards if unlabelled is not None else None),
+    ):
+        if shards is not None and not (Path(shards) / "dataset.json").is_file():
             mistakes.append(
                 f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
             )
+    if unlabelled is not None and unlabelled.boxes is not None and not Path(unlabelled.boxes).is_file():
+        mistakes.append(f"data.unlabelled.boxes: {unlabelled.boxes}: no such file; `fpd-accel detect` writes one")
     if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
         mistakes.append(f"student.weights: {recipe.student.weights}: no such file or model folder")
+    if recipe.evaluate.boxes is not None and not Path(recipe.evaluate.boxes).is_file():
+        mistakes.append(
+            f"evaluate.boxes: {recipe.evaluate.boxes}: no such file; `fpd-accel detect` writes one, and null means the "
+            "annotated boxes"
+        )
+    if recipe.student.init is not None and not Path(recipe.student.init).exists():
+        mistakes.append(f"student.init: {recipe.student.init}: no such file")
     teacher = recipe.teacher
     if recipe.distill.mode != "fpd":
         return mistakes

@@ -1,52 +1,44 @@
 """A network and a set of people -> metrics. The protocol of the published implementation, on any number of ranks.
 
-Crop each person's box, average the heatmaps with those of the mirrored crop (moved right by one cell), take the maximum
-and a quarter step towards its higher neighbour, map it back to the image, score a person by box score times mean score
-of confident keypoints, drop near-duplicates of an image by OKS, and let pycocotools compute AP and AR.
+Crop each person's box, annotated or a detector's, average the heatmaps with those of the mirrored crop (moved right by
+one cell), take the maximum and a quarter step towards its higher neighbour, map it back to the image, score a person by
+box score times mean score of confident keypoints, drop near-duplicates of an image by OKS, and let pycocotools compute
+AP and AR.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from fpd_accel.codecs import HeatmapCodec, PoseCodec
 from fpd_accel.config import Evaluate
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.detections import SKIPPED, Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
-from fpd_accel.decode import decode_heatmaps, fuse_flip, heatmap_accuracy
-from fpd_accel.geometry import box_to_region, clip_box
-from fpd_accel.log import track
+from fpd_accel.decode import accuracy, decode, fuse, fuse_scales
+from fpd_accel.errors import ConfigError
+from fpd_accel.log import say, track, warn
 from fpd_accel.losses import Losses
-from fpd_accel.metrics import average_precision, oks_nms, pck, rescore
+from fpd_accel.metrics import average_precision
+from fpd_accel.outputs import STRIDE, Output, SimCC, mean_output
+from fpd_accel.scoring import Predictions, crowding, ground_truth, head_accuracy, keypoint_accuracy, results
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CATEGORY = 1  # "person", as COCO numbers it
-PCK_THRESHOLDS = {"torso": 0.2, "box": 0.1}  # share of the torso's length, or of the box's longer side
-
-Compare = Callable[[tuple[Tensor, ...], Batch], Losses]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Keypoints of N people in image pixels, as arrays that share their first axis."""
-
-    rows: Int64[np.ndarray, " person"]  # of the people in the shards
-    keypoints: Float[np.ndarray, "person joint 2"]
-    scores: Float[np.ndarray, "person joint"]  # heatmap maxima
+Compare = Callable[[tuple[Output, ...], Batch], Losses]
 
 
 def evaluate(
     model: nn.Module,
     shards: Shards,
     *,
-    input_size: tuple[int, int],
+    codec: PoseCodec | None = None,
+    input_size: tuple[int, int] | None = None,
     normalization: Normalization | None = None,
     padding: float = 1.25,
     options: Evaluate | None = None,
@@ -56,30 +48,44 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of a network on every usable person of the shards, and the people it found in COCO's result format.
 
+    With a detector's boxes (``options.boxes``, or :class:`Detections` for shards) AP and AR count whatever was found
+    around them against everybody annotated. Nobody says whom a box shows, so there are no losses and no PCK then.
+
     Args:
-        model: from normalised images to a tuple of heatmaps; left in evaluation mode.
-        input_size: (height, width) of a crop.
+        model: from normalised images to a tuple of stage outputs; left in evaluation mode.
+        codec: what the outputs mean, and the size of a crop.
+        input_size: (height, width) of a crop, in place of ``codec`` where the outputs are plain heatmaps.
         compare: the objective; with it, the mean losses and the training accuracy are among the metrics.
         accelerator: where there are several ranks, each takes its share of the people and all get the metrics.
+
+    Raises:
+        DataError: the boxes cannot be used.
     """
     options = options or Evaluate()
+    if codec is None:
+        height, width = input_size or (256, 192)
+        codec = HeatmapCodec((height, width), (height // STRIDE, width // STRIDE))
+    shards = with_boxes(shards, options)
+    labelled = not isinstance(shards, Detections)
     predictions, losses = predict(
         model,
         shards,
-        input_size=input_size,
+        codec=codec,
         normalization=normalization or Normalization(),
         padding=padding,
         options=options,
-        compare=compare,
+        compare=compare if labelled else None,
         workers=workers,
         accelerator=accelerator,
     )
     metrics: dict[str, float] = {}
     people: list[dict[str, Any]] = []
     if accelerator is None or accelerator.is_main_process:
-        people = results(shards, predictions, options=options, input_size=input_size, padding=padding)
+        people = results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
         metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
-        metrics |= keypoint_accuracy(shards, predictions) | losses
+        metrics |= crowding(shards, predictions, people)
+        if labelled:
+            metrics |= head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions) | losses
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -87,12 +93,40 @@ def evaluate(
     return metrics, people
 
 
+def with_boxes(shards: Shards, options: Evaluate) -> Shards:
+    """The shards with the boxes of ``options.boxes`` in place of the annotated ones, if it names a file.
+
+    Says what was taken and what was not; shards that have a detector's boxes already are returned as they are.
+
+    Raises:
+        DataError: the boxes cannot be used.
+    """
+    if options.boxes is None or isinstance(shards, Detections):
+        return shards
+    detections = Detections(shards, options.boxes, threshold=options.box_threshold)
+    say(
+        f"{options.boxes}: {len(detections)} boxes with scores from {options.box_threshold:g} on, in "
+        f"{detections.num_images} of the {len(detections.images)} images of {shards.path}"
+    )
+    for reason, count in detections.skipped.items():
+        say(f"  skipped {count} {SKIPPED[reason]}")
+    if unknown := detections.skipped.get("unknown_image"):
+        dropped = shards.description["skipped"].get("image_empty", 0)
+        warn(
+            f"{unknown} boxes are of images that {shards.path} does not have"
+            + (f" ({dropped} images without an annotated person were left out when it was prepared)" if dropped else "")
+            + "; COCO's protocol counts what is found there as false alarms, so AP is optimistic: for the exact "
+            "protocol prepare the images with --keep-empty-images"
+        )
+    return detections
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
     shards: Shards,
     *,
-    input_size: tuple[int, int],
+    codec: PoseCodec,
     normalization: Normalization,
     padding: float,
     options: Evaluate,
@@ -103,25 +137,42 @@ def predict(
     """Keypoints of every usable person, each once, gathered from all ranks; with an objective, the mean losses too."""
     device = next(model.parameters()).device
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    stream = PoseStream(
-        shards, input_size=input_size, batch_size=options.batch, padding=padding, rank=rank, ranks=ranks
-    )
+    streams = [
+        PoseStream(
+            shards,
+            input_size=codec.input_size,
+            batch_size=options.batch,
+            padding=padding * scale,
+            rank=rank,
+            ranks=ranks,
+            unbiased=codec.unbiased,
+        )
+        for scale in options.scales
+    ]
+    loaders = [make_loader(stream, workers, device) for stream in streams]
     rows, keypoints, scores, losses = [], [], [], []
     model.eval()
-    for batch in track(make_loader(stream, workers, device), "evaluating", total=len(stream)):
-        batch = batch.to(device)
-        images = normalization(batch.crops)
-        stages = model(images)
-        heatmaps = stages[-1].float()
-        if compare is not None:
-            terms = compare(stages, batch)
-            accuracy = heatmap_accuracy(heatmaps, terms.target)
-            losses.append(torch.stack([terms.total, terms.pose, terms.kd, accuracy]))
-        if options.flip_test:
-            mirrored = model(images.flip(-1))[-1].float()
-            heatmaps = fuse_flip(heatmaps, mirrored, shards.skeleton.flip_index, shift=options.flip_shift)
-        found, confidence = decode_heatmaps(heatmaps, batch.centers, batch.sizes, refine="quarter")
-        rows.append(batch.rows)
+    for batches in track(zip(*loaders, strict=True), "evaluating", total=len(streams[0])):
+        outputs = []
+        for scale, crops in zip(options.scales, batches, strict=True):
+            batch = crops.to(device)
+            images = normalization(batch.crops)
+            stages = model(images)
+            output = _chosen(stages, options)
+            if scale == 1.0:
+                whole = batch
+            if compare is not None and scale == 1.0:
+                terms = compare(stages, batch)
+                hits = accuracy(terms.predicted, terms.target)
+                losses.append(torch.stack([terms.total, terms.pose, terms.kd, hits]))
+            if options.flip_test:
+                mirrored = _chosen(model(images.flip(-1)), options)
+                output = fuse(output, mirrored, codec, shards.skeleton.flip_index, shift=options.flip_shift)
+            outputs.append(output)
+        found, confidence = decode(
+            _over_scales(outputs, options, codec), codec, whole.centers, whole.sizes, refine=options.refine
+        )
+        rows.append(whole.rows)
         keypoints.append(found)
         scores.append(confidence)
     gathered = [_gather(parts, accelerator) for parts in (rows, keypoints, scores)]
@@ -131,101 +182,21 @@ def predict(
     return predictions, dict(zip(("loss", "pose_loss", "kd_pose_loss", "acc"), means, strict=False))
 
 
+def _chosen(stages: tuple[Output, ...], options: Evaluate) -> Output:
+    """The output to decode, float32."""
+    return mean_output(stages if options.stages == "mean" else stages[-1:])
+
+
+def _over_scales(outputs: list[Output], options: Evaluate, codec: PoseCodec) -> Output:
+    """One output of those of regions of several scales."""
+    if len(outputs) == 1:
+        return outputs[0]
+    maps = [output for output in outputs if not isinstance(output, SimCC)]
+    if len(maps) < len(outputs):
+        raise ConfigError("evaluate.scales: heatmaps of several scales can be averaged, SimCC's bins not; use [1.0]")
+    return fuse_scales(maps, options.scales, unbiased=codec.unbiased)
+
+
 def _gather(parts: Iterable[Tensor], accelerator: "Accelerator | None") -> np.ndarray:
     joined = torch.cat(list(parts))
     return (accelerator.gather(joined) if accelerator else joined).cpu().numpy()
-
-
-def results(
-    shards: Shards, predictions: Predictions, *, options: Evaluate, input_size: tuple[int, int], padding: float = 1.25
-) -> list[dict[str, Any]]:
-    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image)."""
-    people = shards.people[predictions.rows]
-    sizes = regions(shards, predictions.rows, input_size, padding)[1]
-    areas = sizes.prod(axis=1)  # of the padded region, as the published code takes it
-    scores = rescore(predictions.scores, people["score"], options.keypoint_threshold)
-    found = []
-    for image in np.unique(people["image_id"]):
-        members = np.flatnonzero(people["image_id"] == image)
-        kept = oks_nms(
-            predictions.keypoints[members],
-            scores[members],
-            areas[members],
-            options.nms_threshold,
-            shards.skeleton.sigmas,
-        )
-        found += [_result(int(image), predictions, int(member), float(scores[member])) for member in members[kept]]
-    return found
-
-
-def _result(image_id: int, predictions: Predictions, person: int, score: float) -> dict[str, Any]:
-    triples = np.concatenate([predictions.keypoints[person], predictions.scores[person, :, None]], axis=1)
-    return {
-        "image_id": image_id,
-        "category_id": CATEGORY,
-        "keypoints": [round(float(value), 3) for value in triples.ravel()],
-        "score": score,
-    }
-
-
-def regions(
-    shards: Shards, rows: np.ndarray, input_size: tuple[int, int], padding: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and (width, height) of the crops of some people, image pixels."""
-    people = shards.people[rows]
-    pictures = shards.images.select_columns(["width", "height"])[people["image_row"].tolist()]
-    triples = zip(people["box"], pictures["width"], pictures["height"], strict=True)
-    clipped = np.stack([clip_box(box, width, height) for box, width, height in triples])
-    return box_to_region(clipped, input_size, padding=padding)
-
-
-def ground_truth(shards: Shards) -> dict[str, Any]:
-    """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too."""
-    people = shards.people[:]
-    annotations = [
-        {
-            "id": int(people["id"][i]),
-            "image_id": int(people["image_id"][i]),
-            "category_id": CATEGORY,
-            "bbox": people["box"][i].tolist(),
-            "area": float(people["area"][i]),
-            "iscrowd": int(people["crowd"][i]),
-            "keypoints": people["keypoints"][i].tolist(),
-            "num_keypoints": int((people["keypoints"][i][2::3] > 0).sum()),
-        }
-        for i in range(len(people["id"]))
-    ]
-    images = [{"id": int(image)} for image in shards.images.with_format("numpy")["id"][:]]
-    return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}
-
-
-def ground_truth_predictions(shards: Shards) -> Predictions:
-    """The labels as predictions, for testing the path behind the network: it has to score 1.0.
-
-    A network says something about every keypoint, so unlabelled ones lie in the middle of the box.
-    """
-    rows = shards.usable
-    people = shards.people[rows]
-    triples = people["keypoints"].reshape(len(rows), -1, 3)
-    middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]
-    labelled = triples[..., 2] > 0
-    keypoints = np.where(labelled[..., None], triples[..., :2], middle)
-    return Predictions(rows, keypoints, labelled.astype(np.float32))
-
-
-def keypoint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
-    """PCK in percent: the share of labelled keypoints found within 0.2 torso lengths (or 0.1 of the box's longer side).
-
-    The torso's ends are the skeleton's (Sapp & Taskar, CVPR 2013, for 0.2); people without both of them do not count.
-    """
-    people = shards.people[predictions.rows]
-    triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
-    truth, visible = triples[..., :2], triples[..., 2] > 0
-    if shards.skeleton.torso is not None:
-        kind, (a, b) = "torso", (shards.skeleton.index(name) for name in shards.skeleton.torso)
-        lengths = np.linalg.norm(truth[:, a] - truth[:, b], axis=-1)
-        lengths = np.where(visible[:, a] & visible[:, b], lengths, np.nan)
-    else:
-        kind, lengths = "box", people["box"][:, 2:].max(axis=1)
-    threshold = PCK_THRESHOLDS[kind]
-    return {f"PCK_{kind}@{threshold}": pck(predictions.keypoints, truth, lengths, visible, threshold).mean}

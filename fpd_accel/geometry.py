@@ -6,10 +6,11 @@ A 2x3 matrix maps image pixels to crop pixels.
 """
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int
 
 Matrix = Float64[np.ndarray, "2 3"]
 Point = Float[np.ndarray, "2"]
+Side = int | Int[np.ndarray, "*batch"]  # of an image, or of the image of each box
 
 
 def box_to_region(
@@ -27,7 +28,7 @@ def box_to_region(
     return center.astype(np.float32), (size * padding).astype(np.float32)
 
 
-def clip_box(box: Float[np.ndarray, "*batch 4"], width: int, height: int) -> Float[np.ndarray, "*batch 4"]:
+def clip_box(box: Float[np.ndarray, "*batch 4"], width: Side, height: Side) -> Float[np.ndarray, "*batch 4"]:
     """Boxes cut to the image, in the inclusive pixel convention of the published loader (last pixel = x + w - 1).
 
     A box that lies outside keeps a width or height of zero or less.
@@ -39,17 +40,25 @@ def clip_box(box: Float[np.ndarray, "*batch 4"], width: int, height: int) -> Flo
     return np.stack([x1, y1, x2 - x1, y2 - y1], axis=-1)
 
 
-def crop_matrix(center: Point, width: float, input_size: tuple[int, int], *, rotation: float = 0.0) -> Matrix:
-    """The similarity that puts a region of some ``width`` (image pixels), turned by ``rotation`` degrees, into a crop.
+def crop_matrix(
+    center: Point, width: float, input_size: tuple[int, int], *, rotation: float = 0.0, unbiased: bool = False
+) -> Matrix:
+    """The map that puts a region of some ``width`` (image pixels), turned by ``rotation`` degrees, into a crop.
 
     The region's centre lands on (crop width / 2, crop height / 2): the biased grid of the published implementation,
-    half a pixel off the one in which pixel centres are at integers (Huang et al., CVPR 2020).
+    half a pixel off the one in which pixel centres are at integers (Huang et al., CVPR 2020). ``unbiased`` takes theirs
+    instead: the region's corners land on the centres of the crop's corner pixels.
     """
     height, crop_width = input_size
-    scale, angle = crop_width / width, np.deg2rad(rotation)
-    cosine, sine = scale * np.cos(angle), scale * np.sin(angle)
-    linear = np.array([[cosine, sine], [-sine, cosine]])
-    shift = np.array([crop_width / 2, height / 2]) - linear @ np.asarray(center, dtype=np.float64)
+    angle = np.deg2rad(rotation)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    if unbiased:
+        region = np.array([width, width * height / crop_width])
+        scale, target = np.array([crop_width - 1, height - 1]) / region, np.array([crop_width - 1, height - 1]) / 2
+    else:
+        scale, target = np.full(2, crop_width / width), np.array([crop_width / 2, height / 2])
+    linear = scale[:, None] * np.array([[cosine, sine], [-sine, cosine]])
+    shift = target - linear @ np.asarray(center, dtype=np.float64)
     return np.concatenate([linear, shift[:, None]], axis=1)
 
 

@@ -17,21 +17,31 @@ PARALLEL_PREFIX = "module."
 
 
 class Ignored:
-    """Stands in for NumPy's scalars while unpickling, and forgets them.
+    """Stands in for NumPy's numbers and arrays and for MMEngine's log while unpickling, and forgets them.
 
-    The published trainers keep the best score beside the weights as a NumPy number. Reading past it this way takes no
-    code of NumPy and none of the file.
+    The published trainers keep the best score beside the weights as a NumPy number; MMPose 1.x keeps the skeleton as
+    NumPy arrays and the history of its losses. Reading past them this way takes no code of theirs and none of the file.
     """
 
     def __init__(self, *arguments: object) -> None:
         """Accept whatever the pickle passes."""
 
+    def __new__(cls, *arguments: object) -> "Ignored":  # noqa: ARG004
+        """Likewise, where the pickle skips the initialisation."""
+        return super().__new__(cls)
+
     def __setstate__(self, state: object) -> None:
         """Accept whatever the pickle sets."""
 
 
-NUMPY_SCALARS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (Ignored, name) for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (Ignored, name)
+    for name in (
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+        "numpy.dtype",
+        "numpy.ndarray",
+        "mmengine.logging.history_buffer.HistoryBuffer",
+    )
 ]
 
 
@@ -49,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such file")
     try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             # PyTorch remarks on unusual content before it refuses or returns it; the checks below say all that matters.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,6 +82,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return dict(content)
 
 
+MMENGINE_HINT = (
+    " (what MMPose 1.x keeps beside the weights, its meta and message_hub, is not needed: there, "
+    "torch.save(checkpoint['state_dict'], 'weights.pth') leaves it out)"
+)
+
+
 def unreadable(path: Path, error: Exception) -> str:
     """Return the reason a file could not be unpickled, in one line for its owner."""
     if path.stat().st_size == 0:
@@ -82,8 +98,8 @@ def unreadable(path: Path, error: Exception) -> str:
     # PyTorch's own text suggests to unpickle without its guard, the one thing not to do with a file from elsewhere.
     if needed := re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error)):
         return (
-            f"refused, because unpickling it would run code: it needs {needed[1]}; "
-            "load it where you trust it, save the bare state_dict there, and use that file"
+            f"refused, because unpickling it would run code: it needs {needed[1]}; load it where you trust it, "
+            f"save the bare state_dict there, and use that file{MMENGINE_HINT if needed[1].startswith('mm') else ''}"
         )
     return "damaged, or not a PyTorch checkpoint"
 

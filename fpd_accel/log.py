@@ -89,15 +89,18 @@ class StepMeter:
     """Losses of the steps since the last flush, kept on the device; one copy and one all-reduce per flush."""
 
     NAMES = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc")
+    SPLIT_NAMES = ("train_kd_labelled_loss", "train_kd_unlabelled_loss")  # they add up to the third of NAMES
 
-    def __init__(self, accelerator: "Accelerator") -> None:
+    def __init__(self, accelerator: "Accelerator", *, split: bool = False) -> None:
+        """``split``: the teacher's term is also given apart, for people with and without labels."""
         self._accelerator = accelerator
+        self.names = (*self.NAMES, *self.SPLIT_NAMES) if split else self.NAMES
         self._values: list[Tensor] = []
         self._host: list[dict[str, float]] = []
         self.last_accuracy = math.nan
 
     def add(self, values: "Tensor", **host: float) -> None:
-        """``values``: the four of ``NAMES`` on the device; ``host``: what the step knows without asking it."""
+        """``values``: those of ``names`` on the device; ``host``: what the step knows without asking it."""
         self._values.append(values)
         self._host.append(host)
 
@@ -109,7 +112,7 @@ class StepMeter:
 
         stacked = self._accelerator.reduce(torch.stack(self._values), reduction="mean").cpu().tolist()
         records = [
-            host | dict(zip(self.NAMES, row, strict=True)) for host, row in zip(self._host, stacked, strict=True)
+            host | dict(zip(self.names, row, strict=True)) for host, row in zip(self._host, stacked, strict=True)
         ]
         self._values, self._host = [], []
         return records
@@ -176,15 +179,19 @@ class RunLog(AbstractContextManager["RunLog"]):
                 "bottleneck; raise data.workers if there are free cores"
             )
 
-    def evaluation(self, metrics: dict[str, float], step: int, *, prefix: str = "valid") -> None:
-        """Write the metrics of one evaluation under ``<prefix>_<name>``."""
+    def evaluation(
+        self, metrics: dict[str, float], step: int, *, protocol: dict[str, Any], prefix: str = "valid"
+    ) -> None:
+        """Write the metrics of one evaluation under ``<prefix>_<name>``, and the protocol that gave them."""
         if not self.main:
             return
         assert self._metrics is not None
         named = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        self._metrics.write([{"kind": prefix, "step": step, **named}])
+        self._metrics.write([{"kind": prefix, "step": step, **named, "protocol": protocol}])
         self._scalars(named, step)
-        shown = " · ".join(f"{name} {metrics[name]:.3f}" for name in ("AP", "AR", "acc", "loss") if name in metrics)
+        shown = " · ".join(
+            f"{name} {metrics[name]:.3f}" for name in ("PCKh@0.5", "AP", "AR", "acc", "loss") if name in metrics
+        )
         say(f"step {step}: {prefix} {shown}")
 
     def picture(self, name: str, image: "np.ndarray", step: int) -> None:

@@ -7,20 +7,24 @@ Baselines, ECCV 2018), on which published learning rates depend.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+
+from fpd_accel.outputs import Output, SimCC
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of the objective, and the heatmaps they compare, for accuracy and pictures."""
+    """The terms of the objective, and the outputs they compare, for accuracy and pictures."""
 
     total: Float[Tensor, ""]
     pose: Float[Tensor, ""]  # against the labels
     kd: Float[Tensor, ""]  # against the teacher; 0 without one
-    predicted: Float[Tensor, "batch joint height width"]  # the student's last stage, detached
-    target: Float[Tensor, "batch joint height width"]
-    taught: Float[Tensor, "batch joint height width"] | None  # the teacher's; None without one
+    kd_unlabelled: Float[Tensor, ""]  # the part of `kd` that people without labels have
+    predicted: Output  # the student's last stage, detached
+    target: Output
+    taught: Output | None  # the teacher's last stage; None without one
 
 
 def heatmap_mse(
@@ -61,10 +65,97 @@ def _joint_errors(
     weight: Float[Tensor, "batch joint"],
 ) -> Float32[Tensor, "batch joint"]:
     """Half the weighted mean squared error of each heatmap."""
-    if predicted.shape != target.shape or predicted.shape[:2] != weight.shape:
-        # Broadcasting would make a wrong number of them in silence.
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, target, weight))
-        raise ValueError(f"expected shapes (B, K, h, w), (B, K, h, w) and (B, K), not {shapes}")
+    _check_shapes(predicted, target, weight)
     # The weight is constant over a heatmap: applied after the mean it saves two passes over the cells.
     squared = (predicted.float() - target.float()).square().mean(dim=(2, 3))
     return 0.5 * weight.float().square() * squared
+
+
+def heatmap_kl(
+    predicted: Float[Tensor, "batch joint height width"],
+    target: Float[Tensor, "batch joint height width"],
+    weight: Float[Tensor, "batch joint"],
+    *,
+    temperature: float = 0.1,
+) -> Float32[Tensor, ""]:
+    """The mean over samples and joints of ``weight * temperature² * KL(target || predicted)``, nats.
+
+    A heatmap becomes a distribution over its cells by a softmax of its values over ``temperature``: at 0.1 a peak of
+    height 1 outweighs the 3,072 cells of a flat 64 x 48 map. The square keeps the gradient's size from depending on the
+    temperature (Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.1).
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    _check_shapes(predicted, target, weight)
+    log_predicted, log_target = (
+        (maps.float().flatten(2) / temperature).log_softmax(dim=-1) for maps in (predicted, target)
+    )
+    divergence = (log_target.exp() * (log_target - log_predicted)).sum(dim=-1)
+    return temperature**2 * (weight.float() * divergence).mean()
+
+
+def simcc_kl(
+    predicted: SimCC, target: SimCC, weight: Float[Tensor, "batch joint"], *, temperature: float = 1.0
+) -> Float32[Tensor, ""]:
+    """The mean over samples and joints of ``weight * temperature² * KL(target || softmax(predicted / temperature))``.
+
+    Both axes are averaged; nats. ``predicted`` are logits, ``target`` probabilities, all zero for a joint that does not
+    count (Li et al., SimCC, ECCV 2022, section 3.3, and for a teacher's target Yang et al., DWPose, ICCVW 2023).
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+    divergence = torch.zeros_like(weight, dtype=torch.float32)
+    for logits, probabilities in zip(predicted, target, strict=True):
+        _check_shapes(logits, probabilities, weight)
+        log_predicted = (logits.float() / temperature).log_softmax(dim=-1)
+        divergence = divergence + (torch.xlogy(probabilities, probabilities) - probabilities * log_predicted).sum(-1)
+    return temperature**2 * (weight.float() * divergence).mean() / len(predicted)
+
+
+def marginals(
+    heatmaps: Float[Tensor, "batch joint height width"], bins: tuple[int, int], *, sharpness: float = 1.0
+) -> SimCC:
+    """What heatmaps say about each axis alone, as SimCC's probabilities: their positive part, summed and normalised.
+
+    Args:
+        bins: along x and along y; bin 0 and cell 0 both stand at the input's first pixel.
+        sharpness: power taken before normalising; a Gaussian becomes narrower by its square root.
+
+    A heatmap without a positive value gives zeros.
+    """
+    positive = heatmaps.float().clamp(min=0)
+    axes = []
+    for profile, count in zip((positive.sum(dim=2), positive.sum(dim=3)), bins, strict=True):
+        peak = profile.amax(dim=-1, keepdim=True)
+        # Of logarithms, so that a Gaussian between the cells is still that Gaussian: they are parabolas.
+        logs = (profile / peak.clamp(min=1e-12)).clamp(min=1e-4).log()
+        powers = sharpness * (logs @ _cubic_weights(profile.shape[-1], count, profile.device))
+        axes.append(torch.where(peak > 0, powers.softmax(dim=-1), 0.0))
+    return SimCC(*axes)
+
+
+def _cubic_weights(cells: int, bins: int, device: torch.device) -> Float32[Tensor, "cells bins"]:
+    """Cubic convolution (Keys, 1981), exact for parabolas, from cells to bins that lie ``cells / bins`` cells apart."""
+    place = torch.arange(bins, device=device) * (cells / bins)
+    left = place.floor()
+    t = place - left
+    weights = torch.zeros(cells, bins, device=device)
+    taps = (  # of the cells from one to the left of `left` to two to its right
+        (-t + 2 * t**2 - t**3) / 2,
+        (2 - 5 * t**2 + 3 * t**3) / 2,
+        (t + 4 * t**2 - 3 * t**3) / 2,
+        (t**3 - t**2) / 2,
+    )
+    for offset, tap in enumerate(taps, start=-1):
+        cell = (left.long() + offset).clamp(0, cells - 1)  # the border cell goes on outside
+        weights.scatter_add_(0, cell[None], tap[None])
+    return weights
+
+
+def _check_shapes(predicted: Tensor, target: Tensor, weight: Tensor) -> None:
+    """Broadcasting would make a wrong number of them in silence."""
+    if predicted.shape != target.shape or predicted.shape[:2] != weight.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, target, weight))
+        raise ValueError(f"expected shapes (B, K, ...), the same again and (B, K), not {shapes}")

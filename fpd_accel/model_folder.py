@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpd_accel.codecs import HeatmapCodec
+from fpd_accel.codecs import PoseCodec, create_codec
+from fpd_accel.config import Codec
 from fpd_accel.data.batch import Normalization
 from fpd_accel.errors import WeightsError
 from fpd_accel.models import PoseModel, create_model
@@ -26,15 +27,17 @@ class ModelConfig(BaseModel):
     arch: str
     skeleton: Skeleton
     input_size: tuple[int, int]  # (height, width) pixels
-    sigma: float = 2.0  # of the heatmaps it was trained on, cells
+    codec: Codec = Codec()  # what its outputs mean
     box_padding: float = 1.25
     normalization: Normalization = Normalization()
     source: dict[str, Any] = Field(default_factory=dict)  # where the weights come from: run, step, scores
 
-    @property
-    def codec(self) -> HeatmapCodec:
-        heatmap_size = (self.input_size[0] // PoseModel.stride, self.input_size[1] // PoseModel.stride)
-        return HeatmapCodec(input_size=self.input_size, heatmap_size=heatmap_size, sigma=self.sigma)
+    def create_codec(self) -> PoseCodec:
+        return create_codec(self.codec, self.input_size)
+
+    def create_model(self) -> PoseModel:
+        """The network with fresh weights."""
+        return create_model(self.arch, self.skeleton.num_keypoints, input_size=self.input_size)
 
 
 def save_model(folder: str | os.PathLike[str], weights: Mapping[str, Tensor], config: ModelConfig) -> None:
@@ -72,6 +75,6 @@ def load_model(folder: str | os.PathLike[str]) -> PoseModel:
         WeightsError: not a model folder, or its weights do not fit what it says it is.
     """
     config = read_model_config(folder)
-    model = create_model(config.arch, config.skeleton.num_keypoints)
+    model = config.create_model()
     load_weights(model, Path(folder) / WEIGHTS_NAME)
     return model.eval()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from fpd_accel.data.shards import decode_image
-from fpd_accel.decode import decode_heatmaps, fuse_flip
+from fpd_accel.decode import decode, fuse
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix
 from fpd_accel.model_folder import load_model, read_model_config
@@ -35,6 +35,7 @@ class Predictor:
 
     def __init__(self, folder: str | os.PathLike[str], *, device: str = "cpu", flip_test: bool = True) -> None:
         self.config = read_model_config(folder)
+        self.codec = self.config.create_codec()
         try:
             self.model = load_model(folder).to(device)
         except (RuntimeError, AssertionError) as error:
@@ -55,16 +56,17 @@ class Predictor:
         if not np.isfinite(boxes).all() or (boxes[:, 2:] <= 0).any():
             raise DataError(f"boxes are (x, y, width, height) with positive width and height, not {boxes.tolist()}")
         centers, sizes = box_to_region(boxes, self.config.input_size, padding=self.config.box_padding)
-        crops = [
-            cv2.warpAffine(image, crop_matrix(center, float(size[0]), self.config.input_size), (width, height))
+        matrices = [
+            crop_matrix(center, float(size[0]), self.config.input_size, unbiased=self.codec.unbiased)
             for center, size in zip(centers, sizes, strict=True)
         ]
-        images = self.config.normalization(torch.from_numpy(np.stack(crops)).to(self.device))
-        heatmaps = self.model(images)[-1]
+        crops = np.stack([cv2.warpAffine(image, matrix, (width, height)) for matrix in matrices])
+        images = self.config.normalization(torch.from_numpy(crops).to(self.device))
+        output = self.model(images)[-1]
         if self.flip_test:
-            heatmaps = fuse_flip(heatmaps, self.model(images.flip(-1))[-1], skeleton.flip_index)
+            output = fuse(output, self.model(images.flip(-1))[-1], self.codec, skeleton.flip_index)
         places = (torch.from_numpy(centers).to(self.device), torch.from_numpy(sizes).to(self.device))
-        keypoints, scores = decode_heatmaps(heatmaps, *places)
+        keypoints, scores = decode(output, self.codec, *places)
         return Poses(keypoints.cpu().numpy(), scores.cpu().numpy())
 
     def draw(

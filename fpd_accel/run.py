@@ -9,17 +9,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
-from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
+from fpd_accel.config import SIMCC_SUFFIX, Codec, Evaluate, Recipe, teacher_recipe, teacher_weights
+from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.detections import Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import ConfigError, TrainingError
-from fpd_accel.evaluation import evaluate
+from fpd_accel.evaluation import evaluate, with_boxes
 from fpd_accel.log import say
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
-from fpd_accel.models import create_model
-from fpd_accel.report import Score, describe_model, show_scores
+from fpd_accel.models import PoseModel, create_model
+from fpd_accel.models.simcc import SimCCModel
+from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
 from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
 from fpd_accel.teacher import Teacher
 from fpd_accel.trainer import Trainer
@@ -68,11 +71,22 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
         _train_missing_teacher(recipe, accelerator)
     set_seed(recipe.run.seed)
     train, valid = _open_data(recipe)
-    student = create_model(recipe.student.arch, train.skeleton.num_keypoints)
-    if recipe.student.weights is not None:
-        load_weights(student, recipe.student.weights)
+    unlabelled = _open_unlabelled(recipe)
+    student = _create_student(recipe, train.skeleton.num_keypoints)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
-    origin = provenance(recipe, data=train.fingerprint, teacher=taught[1].state_dict() if taught else None)
+    hard = recipe.distill.hard_keypoints
+    if hard is not None and hard > train.skeleton.num_keypoints:
+        raise ConfigError(
+            f"distill.hard_keypoints: {hard}, but {train.path} has {train.skeleton.num_keypoints} keypoints"
+        )
+    if taught is not None:
+        _check_objective(recipe, student, taught)
+    origin = provenance(
+        recipe,
+        data=train.fingerprint,
+        unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
+        teacher=taught[1].state_dict() if taught else None,
+    )
     checkpoint = find_checkpoint(recipe, resume)
     state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
     accelerator.wait_for_everyone()
@@ -82,7 +96,15 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
             save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
     teacher = _freeze(taught, recipe, accelerator) if taught else None
     trainer = Trainer(
-        recipe, accelerator, student=student, teacher=teacher, train=train, valid=valid, provenance=origin
+        recipe,
+        accelerator,
+        student=student,
+        teacher=teacher,
+        train=train,
+        valid=valid,
+        unlabelled=unlabelled,
+        teacher_codec=taught[0].create_codec() if taught is not None else None,
+        provenance=origin,
     )
     if checkpoint is not None:
         trainer.restore(checkpoint, state)
@@ -91,11 +113,13 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     best = trainer.fit()
     scores = []
     if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
-        scores.append(Score("teacher", taught[0], _evaluate_teacher(recipe, teacher, valid, accelerator)))
+        scores.append(Score("teacher", taught[0], _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)))
     scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
     if accelerator.is_main_process and valid is not None:
-        show_scores(f"{recipe.run.name} ({recipe.distill.mode}), {len(valid)} held-out people of {valid.path}", scores)
+        show_scores(
+            f"{recipe.run.name} ({recipe.distill.mode}), held out: {describe_protocol(valid, recipe.evaluate)}", scores
+        )
     return scores
 
 
@@ -138,7 +162,47 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
             f"data.valid: {valid.path} has the keypoints of skeleton {valid.skeleton.name!r}, but data.train those of "
             f"{train.skeleton.name!r}"
         )
+    if valid is not None:
+        valid = with_boxes(valid, recipe.evaluate)
+        _refuse_nobody("data.valid", valid)
+    _refuse_nobody("data.train", train)
     return train, valid
+
+
+def _open_unlabelled(recipe: Recipe) -> Shards | None:
+    """People to learn from without labels: a detector's, or those of the shards."""
+    options = recipe.data.unlabelled
+    if options is None:
+        return None
+    shards = Shards(options.shards)
+    if options.boxes is not None:
+        shards = Detections(shards, options.boxes, threshold=options.box_threshold)
+    _refuse_nobody("data.unlabelled.shards", shards)
+    return shards
+
+
+def _refuse_nobody(field: str, shards: Shards) -> None:
+    if not len(shards):
+        raise ConfigError(
+            f"{field}: {shards.path} has images, but nobody in them; find people with `fpd-accel detect` and name "
+            "the file as data.unlabelled.boxes, or evaluate.boxes"
+        )
+
+
+def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
+    """A student with fresh weights, with all of a file's, or with the backbone of a classification network."""
+    student = create_model(recipe.student.arch, num_keypoints, input_size=recipe.data.input_size)
+    weights = recipe.student.weights
+    if weights is not None:
+        load_weights(student, weights)
+    if weights is not None and (Path(weights) / "config.json").is_file():
+        color = read_model_config(weights).normalization.color
+        if color != recipe.student.color:
+            raise ConfigError(f"student.weights: {weights} takes {color} images; set student.color={color}")
+    if recipe.student.init is not None:
+        network = student.network if isinstance(student, SimCCModel) else student
+        say(f"student.init: {load_backbone(network, recipe.student.init)}")
+    return student
 
 
 def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:
@@ -149,13 +213,17 @@ def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module
         config, model = read_model_config(path), load_model(path)
     else:
         assert recipe.teacher.arch is not None  # checked with the recipe
+        simcc = recipe.teacher.arch.endswith(SIMCC_SUFFIX)
         config = ModelConfig(
             arch=recipe.teacher.arch,
             skeleton=train.skeleton,
             input_size=recipe.data.input_size,
+            codec=recipe.codec
+            if simcc == (recipe.codec.name == "simcc")
+            else Codec(name="simcc" if simcc else "heatmap"),
             normalization=Normalization(color=recipe.teacher.color),
         )
-        model = create_model(config.arch, train.skeleton.num_keypoints)
+        model = config.create_model()
         load_weights(model, path)
     if config.skeleton.keypoints != train.skeleton.keypoints:
         raise ConfigError(
@@ -171,6 +239,26 @@ def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module
     return config, model
 
 
+def _check_objective(recipe: Recipe, student: PoseModel, taught: tuple[ModelConfig, nn.Module]) -> None:
+    """What the student's output and the teacher's ask of each other, and both of the losses."""
+    config, teacher = taught
+    if config.codec.name == "simcc" and recipe.codec.name != "simcc":
+        raise ConfigError(
+            f"teacher: {config.arch} puts out SimCC's distributions, from which heatmaps cannot be made; "
+            "take a heatmap teacher, or a SimCC student"
+        )
+    if (config.codec.name == "udp") != (recipe.codec.name == "udp"):
+        raise ConfigError(
+            f"teacher: it was trained with codec {config.codec.name!r}, the student has {recipe.codec.name!r}; udp "
+            "lays its cells elsewhere than the others do, so that their outputs cannot be compared"
+        )
+    if recipe.distill.teacher_stage == "each" and teacher.num_stages != student.num_stages:
+        raise ConfigError(
+            f"distill.teacher_stage: 'each' needs as many stages in the teacher ({config.arch}: {teacher.num_stages}) "
+            f"as in the student ({recipe.student.arch}: {student.num_stages}); use last"
+        )
+
+
 def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: Accelerator) -> Teacher:
     config, model = taught
     return Teacher(
@@ -182,11 +270,13 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
     )
 
 
-def _evaluate_teacher(recipe: Recipe, teacher: Teacher, valid: Shards, accelerator: Accelerator) -> dict[str, float]:
+def _evaluate_teacher(
+    recipe: Recipe, config: ModelConfig, teacher: Teacher, valid: Shards, accelerator: Accelerator
+) -> dict[str, float]:
     metrics, _ = evaluate(
         teacher.model,
         valid,
-        input_size=recipe.data.input_size,
+        codec=config.create_codec(),
         normalization=teacher.normalization,
         padding=recipe.data.box_padding,
         options=recipe.evaluate,
@@ -206,40 +296,41 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
         f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
         f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
         f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+        f"{trainer.train_shards.skeleton.sigma_note}"
     )
 
 
 def evaluate_folder(
-    folder: str, data: str, *, flip_test: bool = True, batch: int = 32, workers: int = 0, precision: str = "fp32"
+    folder: str, data: str, *, options: Evaluate | None = None, workers: int = 0, precision: str = "fp32"
 ) -> tuple[Score | None, list[dict[str, Any]]]:
     """Score a model folder on prepared people, print the table, and return it with the people found.
 
     The score is None on every rank but the first.
 
     Raises:
-        UserError: folder or data cannot be used, or they have different keypoints.
+        UserError: folder, data or boxes cannot be used, or folder and data have different keypoints.
     """
+    options = options or Evaluate()
     config, shards = read_model_config(folder), Shards(data)
     if config.skeleton.keypoints != shards.skeleton.keypoints:
         raise ConfigError(
             f"{folder} finds the keypoints of skeleton {config.skeleton.name!r} ({config.skeleton.num_keypoints}), but "
             f"{data} has {shards.skeleton.name!r} ({shards.skeleton.num_keypoints})"
         )
+    shards = with_boxes(shards, options)
     accelerator = create_accelerator(precision)
     metrics, people = evaluate(
         accelerator.prepare_model(load_model(folder), evaluation_mode=True),
         shards,
-        input_size=config.input_size,
+        codec=config.create_codec(),
         normalization=config.normalization,
         padding=config.box_padding,
-        options=Evaluate(flip_test=flip_test, batch=batch),
+        options=options,
         workers=workers,
         accelerator=accelerator,
     )
     if not accelerator.is_main_process:
         return None, people
     score = Score(str(folder), config, metrics)
-    show_scores(
-        f"{len(shards)} people of {data}, ground-truth boxes, flip test {'on' if flip_test else 'off'}", [score]
-    )
+    show_scores(describe_protocol(shards, options), [score])
     return score, people

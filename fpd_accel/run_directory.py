@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpd_accel.checkpoint import newest_whole, read_state
-from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, total_steps
+from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, steps_per_epoch, total_steps
 from fpd_accel.errors import CheckpointError
 from fpd_accel.log import say
 from fpd_accel.optim import learning_rate, teacher_share
@@ -28,10 +28,13 @@ PACKAGES = (
 )
 
 
-def provenance(recipe: Recipe, *, data: str, teacher: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def provenance(
+    recipe: Recipe, *, data: str, unlabelled: str | None, teacher: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
     """What ``state.json`` says beside the position: enough to refuse a resume that would not be one."""
     return {
         "data_sha256": data,
+        "unlabelled_sha256": unlabelled,
         "teacher_sha256": weights_digest(teacher) if teacher is not None else None,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
@@ -88,7 +91,8 @@ def check_resume(
             )
         for difference in harmless:
             say(f"changed since the run began: {difference}")
-    for key, name in (("data_sha256", "data.train"), ("teacher_sha256", "the teacher")):
+    identities = {"data_sha256": "data.train", "unlabelled_sha256": "data.unlabelled", "teacher_sha256": "the teacher"}
+    for key, name in identities.items():
         if checkpoint is not None and state.get(key) != provenance[key]:
             raise CheckpointError(
                 f"{checkpoint}: {name} is not what this run was begun with (SHA-256 {state.get(key)})"
@@ -113,7 +117,7 @@ def _schedule_differences(before: Recipe, after: Recipe, *, step: int, people: i
     """A longer run is the same run only if the steps already taken had the same learning rate and alpha."""
     schedules = []
     for recipe in (before, after):
-        steps, per_epoch = total_steps(recipe, people), people / recipe.train.global_batch
+        steps, per_epoch = total_steps(recipe, people), steps_per_epoch(recipe, people)
         schedules.append(
             [
                 (

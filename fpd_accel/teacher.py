@@ -1,14 +1,15 @@
 """The teacher: a finished network that is only ever asked. It cannot train, and nothing that is saved contains it."""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from fpd_accel.data.batch import Normalization
+from fpd_accel.outputs import Output, each
 
 
 class Teacher:
-    """A frozen network in evaluation mode, from crops to the heatmaps of its last stage.
+    """A frozen network in evaluation mode, from crops to the outputs of its stages.
 
     Not a module, so that no optimizer, wrapper or checkpoint of the student ever finds its parameters. Weights and
     buffers never change: gradients are off, and the network declines ``train()``.
@@ -31,12 +32,13 @@ class Teacher:
         if compile:
             self.model.compile()
 
-    def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch joint h w"]:
-        """Heatmaps, float32, as ordinary tensors that a student's loss may save for its backward pass."""
+    def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> tuple[Output, ...]:
+        """Every stage's output, float32, as ordinary tensors that a student's loss may save for its backward pass."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
         with torch.inference_mode(), autocast:
-            heatmaps = self.model(self.normalization(crops))[-1].float()
-        return heatmaps.clone()  # outside the context: an inference tensor cannot enter autograd
+            stages = [each(stage, Tensor.float) for stage in self.model(self.normalization(crops))]
+        # Outside the context: an inference tensor cannot enter autograd.
+        return tuple(each(stage, Tensor.clone) for stage in stages)
 
     def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002
         """Declines: the teacher stays in evaluation mode whatever ``mode`` says."""

@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fpd_accel.checkpoint import optimizer_tensors, restore_optimizer, write_checkpoint
-from fpd_accel.config import Recipe, accumulation_steps, total_steps
+from fpd_accel.codecs import PoseCodec
+from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
-from fpd_accel.decode import heatmap_accuracy
+from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
 from fpd_accel.errors import TrainingError
 from fpd_accel.evaluation import evaluate
@@ -27,10 +28,11 @@ from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
+from fpd_accel.outputs import SimCC
+from fpd_accel.report import protocol
+from fpd_accel.scoring import selection_metric
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
-
-SELECTION = "AP"  # the metric by which best/ is chosen
 
 
 class Trainer:
@@ -48,12 +50,15 @@ class Trainer:
         teacher: Teacher | None,
         train: Shards,
         valid: Shards | None,
+        unlabelled: Shards | None = None,
+        teacher_codec: PoseCodec | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
+        self.unlabelled_shards = unlabelled
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
-        self.steps_per_epoch = len(train) / recipe.train.global_batch
+        self.steps_per_epoch = steps_per_epoch(recipe, len(train))
         self.total_steps = total_steps(recipe, len(train))
         if recipe.train.channels_last:
             student = student.to(memory_format=torch.channels_last)
@@ -61,7 +66,7 @@ class Trainer:
             arch=recipe.student.arch,
             skeleton=train.skeleton,
             input_size=recipe.data.input_size,
-            sigma=recipe.codec.sigma,
+            codec=recipe.codec,
             box_padding=recipe.data.box_padding,
             normalization=Normalization(color=recipe.student.color),
         )
@@ -69,12 +74,14 @@ class Trainer:
         optimizer = create_optimizer(self.bare, recipe.optim, accelerator.device)
         self.average = self._moving_average()  # a copy, so before Accelerate puts its own forward on the student
         self.student, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.codec = self.model_config.create_codec()
         self.distiller = Distiller(
-            self.student, teacher, self.model_config.codec, mask=recipe.distill.mask,
-            normalization=self.model_config.normalization,
+            self.student, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
+            normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
+        self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
-        self.meter = StepMeter(accelerator)
+        self.meter = StepMeter(accelerator, split=unlabelled is not None)
 
     @property
     def directory(self) -> Path:
@@ -101,7 +108,7 @@ class Trainer:
                     group["lr"] = rate
                 self.distiller.alpha = teacher_share(recipe.distill, self.step, total_steps=self.total_steps)
                 began, waited = time.perf_counter(), 0.0
-                values = torch.zeros(len(StepMeter.NAMES), device=accelerator.device)
+                values = torch.zeros(len(self.meter.names), device=accelerator.device)
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
                     batch = next(batches).to(accelerator.device)
@@ -110,7 +117,7 @@ class Trainer:
                     with nullcontext() if is_last else accelerator.no_sync(self.student):
                         losses = self.distiller(batch)
                         accelerator.backward(losses.total / self.accumulation)
-                    values += _logged(losses) / self.accumulation
+                    values += self._logged(losses) / self.accumulation
                 if recipe.train.clip_norm is not None:
                     accelerator.clip_grad_norm_(self.student.parameters(), recipe.train.clip_norm)
                 self.optimizer.step()
@@ -119,7 +126,7 @@ class Trainer:
                     self.average.update_parameters(self.bare)
                 self.step += 1
                 self.meter.add(
-                    values, step=self.step, epoch=self.samples / len(self.train_shards), lr=rate,
+                    values, step=self.step, epoch=self.step / self.steps_per_epoch, lr=rate,
                     alpha=self.distiller.alpha, samples=recipe.train.global_batch,
                     data_time=waited, step_time=time.perf_counter() - began - waited,
                 )  # fmt: skip
@@ -144,6 +151,13 @@ class Trainer:
         if saving:
             self._save()
 
+    def _logged(self, losses: Losses) -> Tensor:
+        """The values of one micro-batch in the order of the meter's names, left on the device."""
+        values = [losses.total.detach(), losses.pose, losses.kd, accuracy(losses.predicted, losses.target)]
+        if self.unlabelled_shards is not None:
+            values += [losses.kd - losses.kd_unlabelled, losses.kd_unlabelled]
+        return torch.stack(values)
+
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Put the student, its optimizer and the position in the data back to where a verified checkpoint was."""
         self.bare.load_state_dict(load_file(checkpoint / "student.safetensors"), strict=True)
@@ -151,7 +165,7 @@ class Trainer:
         if self.average is not None:
             self.average.module.load_state_dict(load_file(checkpoint / "student_ema.safetensors"), strict=True)
         self.step, self.best_metrics = state["step"], state["best_metrics"]
-        self.best = self.best_metrics.get(SELECTION, float("-inf"))
+        self.best = self.best_metrics.get(self.selection, float("-inf"))
 
     def _batches(self) -> Iterator[Batch]:
         stream = PoseStream(
@@ -165,6 +179,9 @@ class Trainer:
             ranks=self.accelerator.num_processes,
             start=self.samples,
             stop=self.total_steps * self.recipe.train.global_batch,
+            unbiased=self.codec.unbiased,
+            unlabelled=self.unlabelled_shards,
+            share=self.recipe.data.unlabelled.share if self.recipe.data.unlabelled is not None else 0.0,
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 
@@ -210,7 +227,7 @@ class Trainer:
         metrics, people = evaluate(
             model,
             self.valid_shards,
-            input_size=self.recipe.data.input_size,
+            codec=self.codec,
             normalization=self.model_config.normalization,
             padding=self.recipe.data.box_padding,
             options=self.recipe.evaluate,
@@ -218,9 +235,9 @@ class Trainer:
             workers=self.recipe.data.workers,
             accelerator=self.accelerator,
         )
-        self.log.evaluation(metrics, self.step)
-        if metrics[SELECTION] > self.best:
-            self.best, self.best_metrics = metrics[SELECTION], {"step": self.step, **metrics}
+        self.log.evaluation(metrics, self.step, protocol=protocol(self.valid_shards, self.recipe.evaluate))
+        if metrics[self.selection] > self.best:
+            self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
             if self.accelerator.is_main_process:
                 path = self.directory / "predictions" / "valid.json"
@@ -230,9 +247,11 @@ class Trainer:
     def _save_model(self, name: str) -> None:
         if self.accelerator.is_main_process:
             model = self.bare if self.average is None else self.average.module
-            source = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
-            scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
-            config = self.model_config.model_copy(update={"source": {**source, "valid": scores}})
+            source: dict[str, Any] = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
+            source["valid"] = scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
+            if scores and self.valid_shards is not None:
+                source["protocol"] = protocol(self.valid_shards, self.recipe.evaluate)
+            config = self.model_config.model_copy(update={"source": source})
             save_model(self.directory / name, model.state_dict(), config)
 
     def _save(self) -> None:
@@ -273,18 +292,15 @@ class Trainer:
         """Ground truth, student and teacher side by side, for the first people of the last batch of rank 0."""
         if not self.accelerator.is_main_process:
             return
-        heatmaps = {"ground truth": losses.target, "student": losses.predicted}
+        target = losses.target
+        if isinstance(target, SimCC):
+            target = target.map(lambda probabilities: probabilities.clamp(min=1e-9).log())  # a network gives logits
+        outputs = {"ground truth": (target, self.codec), "student": (losses.predicted, self.codec)}
         if losses.taught is not None:
-            heatmaps["teacher"] = losses.taught
-        picture = comparison(batch, heatmaps, self.train_shards.skeleton)
+            outputs["teacher"] = (losses.taught, self.distiller.teacher_codec)
+        picture = comparison(batch, outputs, self.train_shards.skeleton)
         save_picture(self.directory / "pictures" / f"step_{self.step:08d}.png", picture)
         self.log.picture("people", picture, self.step)
-
-
-def _logged(losses: Losses) -> Tensor:
-    """The values of one micro-batch in the order of ``StepMeter.NAMES``, left on the device."""
-    accuracy = heatmap_accuracy(losses.predicted, losses.target)
-    return torch.stack([losses.total.detach(), losses.pose, losses.kd, accuracy])
 
 
 def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -1,7 +1,9 @@
 """Skeletons and heatmaps as pictures: RGB, uint8, (height, width, 3)."""
 
 import colorsys
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -9,9 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
+from torch.nn import functional as F
 
+from fpd_accel.codecs import PoseCodec
 from fpd_accel.data.batch import Batch
-from fpd_accel.decode import decode_heatmaps
+from fpd_accel.decode import decode
+from fpd_accel.errors import DataError
+from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.skeleton import Skeleton
 
 Picture = UInt8[np.ndarray, "height width 3"]
@@ -55,18 +61,21 @@ def draw_heatmaps(picture: Picture, heatmaps: Float[np.ndarray, "joint h w"]) ->
     return cv2.addWeighted(picture, 0.4, colored, 0.6, 0)
 
 
-def comparison(batch: Batch, sources: Mapping[str, Tensor], skeleton: Skeleton, *, people: int = 6) -> Picture:
+def comparison(
+    batch: Batch, sources: Mapping[str, tuple[Output, PoseCodec]], skeleton: Skeleton, *, people: int = 6
+) -> Picture:
     """A row for each of the first people of a batch: for every source the skeleton it sees and its heatmaps.
 
     Args:
-        sources: name -> heatmaps (batch, joint, h, w).
+        sources: name -> output for the batch, and the codec that it belongs to.
     """
     height, width = batch.crops.shape[1:3]
     zoom = max(1, round(256 / height))
     middle = torch.tensor([width / 2, height / 2]).expand(len(batch), 2)
     whole = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
-    maps = {name: heatmaps.detach().float().cpu() for name, heatmaps in sources.items()}
-    decoded = {name: decode_heatmaps(heatmaps, middle, whole) for name, heatmaps in maps.items()}
+    outputs = {name: (_on_host(output), codec) for name, (output, codec) in sources.items()}
+    decoded = {name: decode(output, codec, middle, whole) for name, (output, codec) in outputs.items()}
+    maps = {name: _as_heatmaps(output) for name, (output, _) in outputs.items()}
     labelled = batch.visible.cpu().numpy() > 0
     rows = []
     for i, crop in enumerate(batch.crops[:people].cpu().numpy()):
@@ -87,8 +96,32 @@ def comparison(batch: Batch, sources: Mapping[str, Tensor], skeleton: Skeleton, 
     return np.concatenate([header, *rows], axis=0)
 
 
+def _on_host(output: Output) -> Output:
+    return each(output, lambda tensor: tensor.detach().float().cpu())
+
+
+def _as_heatmaps(output: Output) -> Tensor:
+    """Heatmaps as they are; of SimCC's logits the product of both distributions, one cell per heatmap's, peak 1."""
+    if not isinstance(output, SimCC):
+        return output
+    x, y = (F.avg_pool1d(axis, STRIDE * BINS_PER_PIXEL) for axis in output.softmax())
+    product = y[..., :, None] * x[..., None, :]
+    return product / product.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+
+
 def save_picture(path: Path, picture: Picture) -> None:
-    """Write a PNG or JPEG, by the suffix of ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a PNG or JPEG, by the suffix of ``path``; whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    path.write_bytes(encoded.tobytes())
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(encoded.tobytes())
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fpd_accel.errors import WeightsError
+from fpd_accel.layouts import ORIGINAL, VITPOSE, recognise_layout
 from fpd_accel.legacy import read_checkpoint
-from fpd_accel.models import MODELS, PUBLISHED_HOURGLASSES, PoseModel, create_model
+from fpd_accel.models import DEFAULT_INPUT_SIZE, PoseModel, create_model, is_model
+from fpd_accel.models.recognise import input_size_of, recognise
 
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar")
@@ -101,9 +103,22 @@ def advice(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wanted: Mapp
         )
     if sum(shapes.get(name) == shape for name, shape in wanted.items()) > 0.9 * len(wanted):
         return "they are incomplete, or of a variant of this architecture; load a file that was saved from this one"
-    if name := recognise(shapes, model.num_keypoints):
+    if (other := other_library(shapes)) is not None:
+        return other
+    if name := known_architecture(shapes, model.num_keypoints):
         return f"these look like weights of another architecture, {name}; create that model, or load another file"
     return "these look like weights of another architecture; load a file that was saved from this one"
+
+
+def other_library(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return what to do with a file whose names are those of another library, or None."""
+    try:
+        layout = recognise_layout(shapes)
+    except WeightsError as error:
+        return str(error)
+    if layout in (ORIGINAL, VITPOSE):
+        return None
+    return f"its names are those of {layout.name}; make a model folder of it with `fpd-accel import-weights`"
 
 
 def other_keypoints(
@@ -121,14 +136,22 @@ def other_keypoints(
     return theirs if ours == num_keypoints else None
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]], num_keypoints: int) -> str | None:
+def known_architecture(shapes: Mapping[str, tuple[int, ...]], num_keypoints: int) -> str | None:
     """Return the name of the known architecture whose parameters, but for the number of keypoints, are the file's."""
+    found = recognise(shapes)
+    if found is None or not is_model(found.name):
+        return None
     stored = {name: shape for name, shape in shapes.items() if not name.endswith(COUNTER)}
-    for architecture in (*MODELS, *PUBLISHED_HOURGLASSES):
-        # Shapes alone, without memory or initialisation.
-        with torch.device("meta"):
-            candidate = create_model(architecture, num_keypoints).state_dict()
-        known = {name: tuple(tensor.shape) for name, tensor in candidate.items() if not name.endswith(COUNTER)}
-        if known == stored or (known.keys() == stored.keys() and other_keypoints(stored, known, num_keypoints)):
-            return architecture
-    return None
+    candidate = model_shapes(found.name, num_keypoints, input_size=input_size_of(shapes) or DEFAULT_INPUT_SIZE)
+    known = {name: shape for name, shape in candidate.items() if not name.endswith(COUNTER)}
+    same = known == stored or (known.keys() == stored.keys() and other_keypoints(stored, known, num_keypoints))
+    return found.name if same else None
+
+
+def model_shapes(
+    name: str, num_keypoints: int, *, input_size: tuple[int, int] = DEFAULT_INPUT_SIZE
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a network's state dict, without memory or initialisation."""
+    with torch.device("meta"):
+        state = create_model(name, num_keypoints, input_size=input_size).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -56,7 +56,7 @@ def mistakes(path: Path, *overrides: str, check_files: bool = False) -> list[str
 
 def test_what_is_not_given_has_its_default(recipe_file: Path) -> None:
     recipe = load(recipe_file)
-    assert (recipe.run.seed, recipe.codec.sigma, recipe.distill.alpha) == (0, 2.0, 0.5)
+    assert (recipe.run.seed, recipe.codec.name, recipe.distill.alpha) == (0, "heatmap", 0.5)
     assert recipe.data.input_size == (256, 192)
     assert recipe.heatmap_size == (64, 48)
     assert recipe.run.directory == Path("runs/sound")

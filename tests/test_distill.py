@@ -121,7 +121,7 @@ def test_alpha_one_leaves_the_labels_without_influence_on_the_gradient() -> None
 
 def test_teacher_heatmaps_can_enter_the_backward_pass() -> None:
     teacher = Teacher(create_model("tiny_w8", 17))
-    taught = teacher(random_batch().crops)
+    (taught,) = teacher(random_batch().crops)
     scale = torch.ones((), requires_grad=True)
     (scale * taught).sum().backward()
     assert not taught.is_inference()

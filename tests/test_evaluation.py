@@ -12,8 +12,9 @@ from fpd_accel.config import Evaluate
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream
-from fpd_accel.evaluation import evaluate, ground_truth, ground_truth_predictions, keypoint_accuracy, results
+from fpd_accel.evaluation import evaluate
 from fpd_accel.metrics import average_precision
+from fpd_accel.scoring import ground_truth, ground_truth_predictions, keypoint_accuracy, results
 from fpd_accel.skeleton import COCO, load_skeleton
 
 ROOT = Path(__file__).parents[1]

@@ -410,6 +410,48 @@ def test_a_model_of_an_architecture_that_does_not_exist_is_refused(
     assert "'tiny_w9' is not a model" in terminal.refuses("evaluate", "--model", folder, "--data", tiny_valid)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "boxes.json: no such file of boxes; `fpd-accel detect` writes one"),
+        ("{", "boxes.json: not readable as JSON"),
+        ("{}", "boxes.json: not a list of boxes in COCO's result format"),
+        ('[{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]', "boxes.json: box 0 of 1: score missing"),
+        ('[{"image_id": -1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}]', "none of its 1 boxes can be used"),
+    ],
+)
+def test_boxes_that_cannot_be_used_are_refused(
+    terminal: Terminal,
+    tiny_valid: Path,
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+    content: str | None,
+    words: str,
+) -> None:
+    boxes, output = tmp_path / "boxes.json", tmp_path / "people.json"
+    if content is not None:
+        boxes.write_text(content, encoding="utf-8")
+    arguments = ("--model", model_folder(), "--data", tiny_valid, "--boxes", boxes, "--output", output)
+    assert words in terminal.refuses("evaluate", *arguments)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nms-threshold", "0"], "--nms-threshold is above 0 and at most 1"),
+        (["--nms-threshold", "1.5"], "--nms-threshold is above 0 and at most 1"),
+        (["--nms-threshold", "nan"], "--nms-threshold is above 0 and at most 1"),
+        (["--box-threshold", "inf"], "--box-threshold is a finite number"),
+        (["--scales", "0.9", "1.1"], "--scales are positive numbers, 1 among them"),
+        (["--scales", "1", "nan"], "--scales are positive numbers, 1 among them"),
+        (["--nms", "weak"], "invalid choice: 'weak'"),
+    ],
+)
+def test_an_impossible_protocol_is_refused(terminal: Terminal, arguments: list[str], words: str) -> None:
+    assert words in terminal.refuses("evaluate", "--model", "a", "--data", "b", *arguments)
+
+
 def test_an_impossible_batch_is_refused(terminal: Terminal) -> None:
     assert "--batch is at least 1" in terminal.refuses("evaluate", "--model", "a", "--data", "b", "--batch", 0)
 
@@ -423,6 +465,8 @@ def test_an_impossible_batch_is_refused(terminal: Terminal) -> None:
         (["images/a.jpg", "--boxes", "people.json"], "people.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "flat.json"], "flat.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "words.json"], "words.json"),
+        (["images/a.jpg", "--boxes", "unnamed.json"], "unnamed.json: its boxes have no file_name"),
+        (["images/a.jpg", "--boxes", "empty.json"], "empty.json: an empty list"),
         (["images/a.jpg", "--boxes", "thin.json"], "positive width and height"),
         (["images/a.jpg", "--device", "gpu"], "gpu"),
         (["images/a.jpg", "--device", "cuda:99"], "cuda:99"),
@@ -441,8 +485,24 @@ def test_predicting_with_what_is_not_there_is_refused(
     (folder / "flat.json").write_text('{"a.jpg": [1, 2, 3, 4]}', encoding="utf-8")
     (folder / "words.json").write_text('{"a.jpg": [["x", "y", "w", "h"]]}', encoding="utf-8")
     (folder / "thin.json").write_text('{"a.jpg": [[1, 2, 0, 4]]}', encoding="utf-8")
+    detection = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}
+    (folder / "unnamed.json").write_text(json.dumps([detection]), encoding="utf-8")
+    (folder / "empty.json").write_text("[]", encoding="utf-8")
     message = terminal.refuses("fpd-accel", "predict", *arguments, "--model", model_folder(), "--output", "out")
     assert words in message
+
+
+def test_what_was_detected_can_be_predicted_on(
+    terminal: Terminal, coco_files: tuple[Path, Path], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    person = {"image_id": 1, "category_id": 1, "bbox": [1.5, 2, 20, 30], "score": 0.9, "file_name": "a.jpg"}
+    others = [{**person, "category_id": 18}, {**person, "bbox": [1, 2, 0, 9]}, {**person, "file_name": "b.jpg"}]
+    (tmp_path / "boxes.json").write_text(json.dumps([person, *others]), encoding="utf-8")
+    arguments = ("--model", model_folder(), "--boxes", tmp_path / "boxes.json", "--output", tmp_path / "out")
+    code, message = terminal("fpd-accel", "predict", coco_files[0] / "a.jpg", *arguments)
+    assert code == 0, message
+    (found,) = json.loads((tmp_path / "out" / "keypoints.json").read_bytes())
+    assert (found["file_name"], found["bbox"], len(found["keypoints"])) == ("a.jpg", [1.5, 2, 20, 30], 51)
 
 
 def test_predicting_without_a_model_is_refused(

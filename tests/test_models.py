@@ -21,7 +21,8 @@ PUBLISHED = [
     "pose_resnet_152",
 ]
 EVERY_MODEL = [*MODELS, "hourglass_1x32", "hourglass_3x32"]
-LARGE_MODELS = [name for name in MODELS if not name.startswith("tiny") and name not in ("hrnet_w18", "pose_resnet_18")]
+SMALLEST = ("hrnet_w18", "pose_resnet_18", "vitpose_s", "vitpose_s_simple")  # of their families
+LARGE_MODELS = [name for name in MODELS if not name.startswith("tiny") and name not in SMALLEST]
 
 
 def published(name: str, shared: Path) -> dict:
@@ -65,7 +66,7 @@ def test_every_model_gives_a_tuple_of_quarter_size_heatmaps_and_all_parameters_g
     # The large ones run on shapes alone, which still shows a parameter that no output depends on.
     device = "meta" if name in LARGE_MODELS else "cpu"
     with torch.device(device):
-        model = create_model(name, 5)
+        model = create_model(name, 5, input_size=(64, 128))
         outputs = model(torch.randn(2, 3, 64, 128))
     stages = int(name.removeprefix("hourglass_")[0]) if name.startswith("hourglass") else 1
     assert isinstance(outputs, tuple)
@@ -76,10 +77,46 @@ def test_every_model_gives_a_tuple_of_quarter_size_heatmaps_and_all_parameters_g
         assert parameter.grad.is_meta or torch.isfinite(parameter.grad).all(), parameter_name
 
 
-@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "hourglass_1x32", "tiny_w8"])
+@pytest.mark.parametrize("name", ["hrnet_w48", "pose_resnet_152", "hourglass_4x128", "vitpose_b", "vitpose_h_simple"])
+@pytest.mark.parametrize("input_size", [(384, 288), (256, 256)])
+def test_large_models_take_the_other_published_input_sizes(name: str, input_size: tuple[int, int]) -> None:
+    height, width = input_size
+    with torch.device("meta"):
+        model = create_model(name, 17, input_size=input_size).eval()
+        images = torch.empty(1, 3, height, width)
+    if width % model.input_multiple:  # four halvings after the first two do not meet again: not published at 384 x 288
+        assert name.startswith("hourglass")
+        with pytest.raises(ModelError, match="multiples of 64, not 384 x 288"):
+            model(images)
+        return
+    assert {tuple(heatmaps.shape) for heatmaps in model(images)} == {(1, 17, height // 4, width // 4)}
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "hourglass_1x32", "tiny_w8", "vitpose_s_simple"])
+def test_the_smallest_models_compute_finite_heatmaps_at_other_input_sizes(name: str) -> None:
+    torch.manual_seed(0)
+    for input_size in ((256, 256),) if name.startswith("hourglass") else ((384, 288), (256, 256)):
+        model = create_model(name, 3, input_size=input_size).eval()
+        with torch.inference_mode():
+            heatmaps = model(torch.randn(1, 3, *input_size))[-1]
+        assert heatmaps.shape == (1, 3, input_size[0] // 4, input_size[1] // 4)
+        assert torch.isfinite(heatmaps).all()
+        assert heatmaps.std() > 0
+
+
+def test_vision_transformer_takes_only_the_size_that_its_positions_are_for() -> None:
+    with torch.device("meta"):
+        model = create_model("vitpose_b", 17, input_size=(256, 192))
+        with pytest.raises(ModelError, match=r"positions for 256 x 192 .* create it with input_size=\(192, 256\)"):
+            model(torch.empty(1, 3, 192, 256))
+        with pytest.raises(ModelError, match="multiples of 16, not 250 x 192"):
+            create_model("vitpose_b", 17, input_size=(250, 192))
+
+
+@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "hourglass_1x32", "tiny_w8", "vitpose_s"])
 def test_heatmaps_of_one_image_do_not_depend_on_the_others_in_eval_mode(name: str) -> None:
     torch.manual_seed(0)
-    model = create_model(name, 3).eval()
+    model = create_model(name, 3, input_size=(64, 64)).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         together, alone = model(images)[-1][:1], model(images[:1])[-1]
@@ -87,15 +124,15 @@ def test_heatmaps_of_one_image_do_not_depend_on_the_others_in_eval_mode(name: st
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6 + 1e-5 * float(alone.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18"])
+@pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "vitpose_s"])
 def test_published_initialisation_draws_heads_with_a_deviation_of_a_thousandth(name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, 17)
-    head = model.state_dict()
+    head = {entry.removeprefix("keypoint_head."): tensor for entry, tensor in model.state_dict().items()}
     # Relative error of a standard deviation estimated from n draws is about 1 / sqrt(2 n): 306 or more draws, 4 sigma.
     assert float(head["final_layer.weight"].std()) == pytest.approx(1e-3, rel=0.17)
     assert not head["final_layer.bias"].any()
-    inner = "deconv_layers.3.weight" if name.startswith("pose_resnet") else "stage4.2.branches.3.3.conv2.weight"
+    inner = "deconv_layers.3.weight" if not name.startswith("hrnet") else "stage4.2.branches.3.3.conv2.weight"
     assert float(head[inner].std()) == pytest.approx(1e-3, rel=0.01)  # 186,624 draws or more
 
 
@@ -161,11 +198,12 @@ def test_sizes_that_make_no_network_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "multiple"), [("hrnet_w18", 32), ("pose_resnet_18", 32), ("hourglass_1x32", 64), ("tiny_w8", 16)]
+    ("name", "multiple"),
+    [("hrnet_w18", 32), ("pose_resnet_18", 32), ("hourglass_1x32", 64), ("tiny_w8", 16), ("vitpose_s", 16)],
 )
 def test_input_size_off_the_multiple_is_refused_before_any_computation(name: str, multiple: int) -> None:
     with torch.device("meta"):
-        model = create_model(name, 3)
+        model = create_model(name, 3, input_size=(multiple, 2 * multiple))
         assert model.input_multiple == multiple
         assert model(torch.empty(2, 3, multiple, 2 * multiple))[-1].shape == (2, 3, multiple // 4, multiple // 2)
         for height, width in ((multiple + 8, multiple), (multiple, multiple - 4), (0, multiple)):
@@ -174,10 +212,10 @@ def test_input_size_off_the_multiple_is_refused_before_any_computation(name: str
                 model(torch.empty(2, 3, height, width))
 
 
-@pytest.mark.parametrize("name", ["pose_resnet_18", "tiny_w8"])
+@pytest.mark.parametrize("name", ["pose_resnet_18", "tiny_w8", "vitpose_s_simple"])
 def test_models_are_captured_as_one_graph_with_the_same_result(name: str) -> None:
     torch.manual_seed(0)
-    model = create_model(name, 3).eval()
+    model = create_model(name, 3, input_size=(64, 64)).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(images)[0]

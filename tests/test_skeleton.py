@@ -8,7 +8,7 @@ import yaml
 from pycocotools.cocoeval import Params
 
 from fpd_accel.errors import ConfigError
-from fpd_accel.skeleton import COCO, Skeleton, load_skeleton
+from fpd_accel.skeleton import COCO, MPII, NEUTRAL_SIGMA, Skeleton, estimated_sigma, load_skeleton, split_side
 
 ROOT = Path(__file__).parents[1]
 SKELETONS = sorted((ROOT / "recipes" / "skeletons").glob("*.yaml"))
@@ -65,15 +65,31 @@ def test_coco_has_the_keypoints_and_limbs_of_its_annotation_files(shared: Path) 
     assert published - drawn == necks  # lines over the face that hide it in pictures
 
 
-def test_coco_is_built_in() -> None:
+def test_mpii_has_the_published_joints_pairs_and_halves() -> None:
+    assert MPII.num_keypoints == 16
+    assert MPII.keypoints[:3] == ("right_ankle", "right_knee", "right_hip")
+    assert MPII.keypoints[6:10] == ("pelvis", "thorax", "upper_neck", "head_top")
+    assert MPII.keypoints[-3:] == ("left_shoulder", "left_elbow", "left_wrist")
+    pairs = {0: 5, 1: 4, 2: 3, 10: 15, 11: 14, 12: 13}
+    partners = {**pairs, **{b: a for a, b in pairs.items()}}
+    assert MPII.flip_index == tuple(partners.get(joint, joint) for joint in range(16))
+    assert set(MPII.upper_body_indices) == set(range(7, 16))
+    parents = [1, 2, 6, 6, 3, 4, 6, 6, 7, 8, 11, 12, 7, 7, 13, 14]  # of the published code; the pelvis is its own
+    limbs = {frozenset(pair) for pair in enumerate(parents) if pair[0] != pair[1]}
+    assert {frozenset(limb) for limb in MPII.limb_indices} == limbs
+    assert len(MPII.limbs) == 15
+
+
+def test_coco_and_mpii_are_built_in() -> None:
     assert load_skeleton("coco") is COCO
+    assert load_skeleton("mpii") is MPII
 
 
 def test_there_is_a_skeleton_file_to_start_from() -> None:
     assert "lsp.yaml" in {path.name for path in SKELETONS}
 
 
-@pytest.mark.parametrize("skeleton", [COCO, *map(load_skeleton, SKELETONS)], ids=lambda skeleton: skeleton.name)
+@pytest.mark.parametrize("skeleton", [COCO, MPII, *map(load_skeleton, SKELETONS)], ids=lambda skeleton: skeleton.name)
 def test_mirroring_twice_changes_nothing_and_exchanges_left_and_right(skeleton: Skeleton) -> None:
     index = skeleton.flip_index
     assert [index[k] for k in index] == list(range(skeleton.num_keypoints))
@@ -103,8 +119,9 @@ def test_a_skeleton_file_gives_what_it_says(tmp_path: Path) -> None:
     assert load_skeleton(str(tmp_path / "stick.yaml")) == skeleton
 
 
-def test_a_skeleton_needs_only_a_name_keypoints_and_sigmas(tmp_path: Path) -> None:
-    bare = load_skeleton(write(tmp_path / "bare.yaml", flip_pairs=None, limbs=None, upper_body=None, torso=None))
+def test_a_skeleton_needs_only_a_name_and_keypoints(tmp_path: Path) -> None:
+    only = dict.fromkeys(("flip_pairs", "limbs", "upper_body", "torso", "sigmas"))
+    bare = load_skeleton(write(tmp_path / "bare.yaml", **only))
     assert bare.flip_index == (0, 1, 2)
     assert bare.torso is None
 
@@ -115,7 +132,8 @@ def test_a_skeleton_needs_only_a_name_keypoints_and_sigmas(tmp_path: Path) -> No
         ({"keypoints": ["head", "left_hand", "left_hand"]}, "keypoints: a name appears twice"),
         ({"sigmas": [0.05]}, "sigmas: 1 values for 3 keypoints"),
         ({"sigmas": [0.05, 0.06, 0]}, "sigmas.2: "),
-        ({"sigmas": None}, "sigmas: Field required"),
+        ({"sigmas": [0.05, None]}, "sigmas.1: "),
+        ({"sigmas_estimated": ["tail"]}, "sigmas_estimated: 'tail' is not a keypoint"),
         ({"keypoints": [], "sigmas": []}, "keypoints: "),
         ({"flip_pairs": [["left_hand", "rihgt_hand"]]}, "flip_pairs: 'rihgt_hand' is not a keypoint"),
         ({"flip_pairs": [["left_hand", "right_hand"], ["left_hand", "head"]]}, "'left_hand' is in two pairs"),
@@ -145,6 +163,65 @@ def test_a_file_that_is_no_skeleton_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_skeleton_that_does_not_exist_is_refused_with_advice(tmp_path: Path) -> None:
-    assert "no such skeleton; give 'coco' or a YAML file" in refusal(tmp_path / "nothing.yaml")
+    assert "no such skeleton; give 'coco', 'mpii' or a YAML file" in refusal(tmp_path / "nothing.yaml")
     refusal(tmp_path)
     refusal("COCO")
+
+
+# --- sigmas that nobody gives -----------------------------------------------------------------------------------
+
+
+def test_missing_sigmas_are_those_published_for_the_name_or_neutral_and_the_skeleton_says_so(tmp_path: Path) -> None:
+    names = ["nose", "LeftWrist", "r_hip", "neck", "left_heel", "tail"]
+    skeleton = load_skeleton(
+        write(tmp_path / "odd.yaml", keypoints=names, **dict.fromkeys(STICK.keys() - {"name", "keypoints"}))
+    )
+    assert skeleton.sigmas == (0.026, 0.062, 0.107, 0.079, 0.066, NEUTRAL_SIGMA)
+    assert skeleton.sigmas_estimated == tuple(names)
+    assert skeleton.sigma_note == ", OKS sigmas of all 6 keypoints estimated"
+    assert [estimated_sigma(name)[1] for name in names] == [
+        "COCO", "COCO", "COCO", "CrowdPose", "COCO-WholeBody", "neutral"
+    ]  # fmt: skip
+
+
+def test_the_neutral_sigma_is_the_median_of_coco_s() -> None:
+    assert sorted(COCO.sigmas)[8] == NEUTRAL_SIGMA
+
+
+def test_one_missing_sigma_is_estimated_and_the_others_stay(tmp_path: Path) -> None:
+    skeleton = load_skeleton(write(tmp_path / "stick.yaml", sigmas=[0.05, None, 0.06]))
+    assert skeleton.sigmas == (0.05, NEUTRAL_SIGMA, 0.06)
+    assert skeleton.sigmas_estimated == ("left_hand",)
+    assert skeleton.sigma_note == ", OKS sigmas of 1 of 3 keypoints estimated"
+
+
+def test_a_skeleton_that_gives_its_sigmas_says_nothing_of_them() -> None:
+    assert COCO.sigmas_estimated == ()
+    assert COCO.sigma_note == ""
+
+
+def test_the_leeds_skeleton_has_the_sigmas_of_coco_and_crowdpose_as_estimates() -> None:
+    leeds = load_skeleton(ROOT / "recipes" / "skeletons" / "lsp.yaml")
+    of_coco = {name: COCO.sigmas[COCO.index(name)] for name in leeds.keypoints if name in COCO.keypoints}
+    assert dict(zip(leeds.keypoints, leeds.sigmas, strict=True)) == {**of_coco, "neck": 0.079, "head_top": 0.079}
+    assert leeds.sigmas_estimated == leeds.keypoints
+
+
+def test_estimates_survive_being_written_and_skeletons_written_before_still_load() -> None:
+    leeds = load_skeleton(ROOT / "recipes" / "skeletons" / "lsp.yaml")
+    assert Skeleton.model_validate_json(leeds.model_dump_json()) == leeds
+    before = {key: value for key, value in leeds.model_dump(mode="json").items() if key != "sigmas_estimated"}
+    assert Skeleton.model_validate(before) == leeds.model_copy(update={"sigmas_estimated": ()})
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "part"),
+    [
+        ("left_hip", "left", "hip"), ("hip_left", "left", "hip"), ("LeftHip", "left", "hip"), ("LHip", "left", "hip"),
+        ("l hip", "left", "hip"), ("hip.R", "right", "hip"), ("RIGHT-BIG-TOE", "right", "big_toe"),
+        ("rear", "", "rear"), ("left", "", "left"), ("lefthip", "", "lefthip"),
+        ("left_right_seam", "", "left_right_seam"), ("Nose", "", "nose"),
+    ],
+)  # fmt: skip
+def test_sides_are_read_from_names(name: str, side: str, part: str) -> None:
+    assert split_side(name) == (side, part)

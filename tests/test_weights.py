@@ -106,6 +106,13 @@ def test_weights_of_another_architecture_are_recognised(tmp_path: Path) -> None:
     assert "stem.0.weight is (8, 3, 3, 3) in the file, (4, 3, 3, 3) in the model" in message
 
 
+def test_names_of_another_library_are_recognised_with_the_command_that_converts_them(tmp_path: Path) -> None:
+    weights = random_weights("tiny_w8")
+    save_file({f"backbone.{name}": tensor for name, tensor in weights.items()}, tmp_path / "mmpose.safetensors")
+    message = refusal(create_model("tiny_w8", 3), tmp_path / "mmpose.safetensors")
+    assert "its names are those of MMPose; make a model folder of it with `fpd-accel import-weights`" in message
+
+
 @pytest.mark.parametrize("name", ["tiny_w8", "hourglass_2x32"])
 def test_weights_for_another_number_of_keypoints_say_so(tmp_path: Path, name: str) -> None:
     save_file(random_weights(name, num_keypoints=14), tmp_path / "other.safetensors")

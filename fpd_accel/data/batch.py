@@ -1,6 +1,7 @@
 """What the loader hands to the device: uint8 crops and the numbers that belong to them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,8 @@ class Batch:
     visible: Float[Tensor, "batch joint"]  # 1 where labelled, hidden or not
     centers: Float[Tensor, "batch 2"]  # of the crop's region, image pixels
     sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
-    rows: Int64[Tensor, " batch"]  # of the people in the shards
+    rows: Int64[Tensor, " batch"]  # of the people in their shards
+    labelled: Float[Tensor, " batch"] | None = None  # 1 or 0 where people without labels are mixed in; None: all are
 
     def __len__(self) -> int:
         return self.crops.shape[0]
@@ -30,8 +32,10 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> "Batch":  # type: ignore[no-untyped-def]
-        return dataclasses.replace(self, **{f.name: function(getattr(self, f.name)) for f in dataclasses.fields(self)})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changed = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fpd_accel.data.shards import Shards, ShardWriter, decode_image
+from fpd_accel.data.shards import Shards, ShardWriter, read_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import clip_box
 from fpd_accel.log import track
@@ -44,6 +44,7 @@ def prepare_coco(
     *,
     skeleton: Skeleton = COCO,
     category: str | None = None,
+    keep_empty_images: bool = False,
 ) -> Shards:
     """Write shards of the people annotated in a COCO keypoint JSON, and open them.
 
@@ -51,18 +52,24 @@ def prepare_coco(
     without keypoints and people without area stay in the shards, marked unusable: the evaluation protocol needs them,
     training and inference never see them. Every image is decoded once to prove that it can be.
 
+    ``keep_empty_images`` keeps images without an annotated person too, and takes a file that has images alone. A
+    detector's boxes need them: in evaluation, where what is detected there counts as false alarms in COCO's protocol,
+    and as people to learn from without labels.
+
     Raises:
         DataError: the module's docstring says for what; or ``output`` exists.
     """
     images, annotations = Path(images), Path(annotations)
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder")
-    dataset = _read(annotations)
-    category_id = _category(annotations, dataset, skeleton, category)
+    dataset = _read(annotations, images_alone=keep_empty_images)
+    category_id = _category(annotations, dataset, skeleton, category) if dataset["annotations"] else None
     skipped: Counter[str] = Counter()
     people = _people(annotations, dataset, category_id, skeleton, skipped)
-    with ShardWriter(Path(output), skeleton) as writer:
-        writer.write_images(_images(images, annotations, dataset["images"], people, skipped))
+    with ShardWriter(Path(output), skeleton, images_alone=keep_empty_images) as writer:
+        listed = [image for image in dataset["images"] if keep_empty_images or people[image["id"]]]
+        skipped["image_empty"] = len(dataset["images"]) - len(listed)
+        writer.write_images(_images(images, annotations, listed, people, skipped))
         writer.write_people(_rows(writer.image_rows, people, skeleton))
         if not writer.image_rows:
             first = images / str(dataset["images"][0]["file_name"]) if dataset["images"] else images
@@ -74,13 +81,24 @@ def prepare_coco(
     return Shards(output)
 
 
-def _read(path: Path) -> Record:
+def read_annotations(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: there is no such file, or it is not JSON.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file")
     try:
-        dataset = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _read(path: Path, *, images_alone: bool) -> Record:
+    dataset = read_annotations(path)
+    if images_alone and isinstance(dataset, dict):  # as COCO's image_info_unlabeled2017.json
+        dataset = {"annotations": [], "categories": []} | dataset
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file: it has no list {key!r}")
@@ -131,7 +149,7 @@ def _category(path: Path, dataset: Record, skeleton: Skeleton, wanted: str | Non
 
 
 def _people(
-    path: Path, dataset: Record, category: int, skeleton: Skeleton, skipped: Counter[str]
+    path: Path, dataset: Record, category: int | None, skeleton: Skeleton, skipped: Counter[str]
 ) -> dict[int, list[Record]]:
     """Image id -> its annotations of the category, each checked."""
     listed = {c.get("id") for c in dataset["categories"]}
@@ -178,11 +196,8 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
 def _images(
     folder: Path, annotations: Path, listed: list[Record], people: dict[int, list[Record]], skipped: Counter[str]
 ) -> Iterator[Record]:
-    """Images with an annotated person, read and proven to decode, in the order of the file."""
+    """Images read and proven to decode, in the order of the file."""
     for image in track(listed, f"reading images of {annotations.name}"):
-        if not people[image["id"]]:
-            skipped["image_empty"] += 1
-            continue
         problem, data = _load_image(folder / image["file_name"], image)
         if problem:
             skipped[problem] += 1
@@ -192,16 +207,10 @@ def _images(
 
 
 def _load_image(path: Path, image: Record) -> tuple[str | None, bytes]:
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return "image_missing", b""
-    pixels = decode_image(data)
-    if pixels is None:
-        return "image_corrupt", b""
-    if pixels.shape[:2] != (image["height"], image["width"]):
+    problem, data, size = read_image(path)
+    if problem is None and size != (image["height"], image["width"]):
         return "image_size", b""
-    return None, data
+    return problem, data
 
 
 def _rows(

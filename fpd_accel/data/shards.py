@@ -24,17 +24,20 @@ from datasets import Dataset, Features, Value
 from datasets import List as Sequence
 
 from fpd_accel.errors import DataError
+from fpd_accel.geometry import clip_box
 from fpd_accel.skeleton import Skeleton
 
-FORMAT = 1
+FORMAT = 2  # since 2 people may have head sizes, and boxes that are not cut to the image
+OLDEST_FORMAT = 1
 IMAGE_FEATURES = Features(
     {"id": Value("int64"), "file_name": Value("string"), "width": Value("int32"), "height": Value("int32")}
     | {"bytes": Value("binary")}
 )
 
 
-def people_features(num_keypoints: int) -> Features:
+def people_features(num_keypoints: int, *, head_sizes: bool = False) -> Features:
     """Columns of ``people/``; keypoints are flat (x, y, v) triples, v as in COCO (0 unlabelled, 1 hidden, 2 seen)."""
+    head = {"head_size": Value("float32")} if head_sizes else {}  # pixels, what PCKh divides by; not-a-number: unknown
     return Features(
         {
             "id": Value("int64"),
@@ -47,6 +50,7 @@ def people_features(num_keypoints: int) -> Features:
             "score": Value("float32"),
             "unused": Value("string"),  # why the person is never cropped; empty for those that are
         }
+        | head
     )
 
 
@@ -56,6 +60,16 @@ def decode_image(data: bytes) -> np.ndarray | None:
         return None
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+
+
+def read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
+    """The problem with an image file (a key of ``SKIPPED`` in ``coco.py``, or None), its bytes, its (height, width)."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return "image_missing", b"", (0, 0)
+    pixels = decode_image(data)
+    return ("image_corrupt", b"", (0, 0)) if pixels is None else (None, data, pixels.shape[:2])
 
 
 class Shards:
@@ -75,15 +89,17 @@ class Shards:
         try:
             self.description: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
             found = self.description["format"]
-            if found == FORMAT:
+            readable = OLDEST_FORMAT <= found <= FORMAT
+            if readable:
                 self.skeleton = Skeleton.model_validate(self.description["skeleton"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{description}: damaged ({error}); write the dataset again with `fpd-accel prepare`"
             ) from None
-        if found != FORMAT:
+        if not readable:
             raise DataError(
-                f"{description}: format {found}, but this version reads {FORMAT}; prepare the dataset again"
+                f"{description}: format {found}, but this version reads {OLDEST_FORMAT} to {FORMAT}; prepare the "
+                "dataset again"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +111,9 @@ class Shards:
 
     @cached_property
     def people(self) -> Dataset:
+        if not self.description["counts"]["people"]:
+            features = people_features(self.skeleton.num_keypoints)
+            return Dataset.from_dict({name: [] for name in features}, features=features).with_format("numpy")
         return self._open("people").with_format("numpy")
 
     def _open(self, name: str) -> Dataset:
@@ -112,7 +131,22 @@ class Shards:
     def usable(self) -> np.ndarray:
         """Rows of ``people`` that can be cropped, in order."""
         column = self.people.data.column("unused")
-        return np.flatnonzero(np.concatenate([chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks]))
+        chunks = [np.empty(0, dtype=bool), *(chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks)]
+        return np.flatnonzero(np.concatenate(chunks))
+
+    @property
+    def has_head_sizes(self) -> bool:
+        """Whether usable people have a ``head_size``, so that PCKh can be measured."""
+        return self.description["counts"].get("head_sizes", 0) > 0
+
+    def box_to_crop(self, box: np.ndarray, *, width: int, height: int) -> np.ndarray:
+        """The box around which an image of this size is cropped: cut to the image, unless the dataset has it as is."""
+        return clip_box(box, width, height) if self.description.get("clip_boxes", True) else box
+
+    @property
+    def annotated(self) -> "Shards":
+        """The shards whose people are the ground truth: these."""
+        return self
 
     def __len__(self) -> int:
         return len(self.usable)
@@ -121,18 +155,33 @@ class Shards:
 class ShardWriter:
     """Writes a dataset into a temporary sibling of ``output``; :meth:`finish` renames it, leaving the block removes it.
 
+    ``clip_boxes``: crops show boxes cut to the image (COCO's protocol) or as they are (MPII's). ``head_sizes``: people
+    have a ``head_size``. ``images_alone``: there may be nobody in them.
+
     Raises:
-        DataError: ``output`` exists, or no usable person was written.
+        DataError: ``output`` exists, or no usable person was written although there may not be images alone.
     """
 
-    def __init__(self, output: Path, skeleton: Skeleton) -> None:
+    def __init__(
+        self,
+        output: Path,
+        skeleton: Skeleton,
+        *,
+        clip_boxes: bool = True,
+        head_sizes: bool = False,
+        images_alone: bool = False,
+    ) -> None:
         if output.exists():
             raise DataError(f"{output}: exists; remove it or choose another output")
-        self.output, self.skeleton = output, skeleton
+        self.output, self.skeleton, self.clip_boxes, self.head_sizes = output, skeleton, clip_boxes, head_sizes
+        self.images_alone = images_alone
         self.staging = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}")
         self.image_rows: dict[int, tuple[int, int, int]] = {}  # image id -> row, width, height
-        self.digest = hashlib.sha256(skeleton.model_dump_json().encode())
-        self.counts = {"images": 0, "people": 0, "usable": 0}
+        # Without the note on where the sigmas are from: it changes neither people nor images.
+        self.digest = hashlib.sha256(skeleton.model_dump_json(exclude={"sigmas_estimated"}).encode())
+        self.counts = {"images": 0, "people": 0, "usable": 0} | ({"head_sizes": 0} if head_sizes else {})
+        if not clip_boxes:
+            self.digest.update(b"boxes as they are")
         self.unused: dict[str, int] = {}
 
     def __enter__(self) -> "ShardWriter":
@@ -168,19 +217,29 @@ class ShardWriter:
                 if reason:
                     self.unused[reason] = self.unused.get(reason, 0) + 1
                 self.digest.update(repr((record["id"], record["box"].tolist(), record["keypoints"].tolist())).encode())
+                if self.head_sizes:
+                    self.digest.update(repr(record["head_size"]).encode())
+                    self.counts["head_sizes"] += not reason and record["head_size"] > 0
                 yield record
 
-        if self.image_rows:
-            self._save("people", counted(), people_features(self.skeleton.num_keypoints))
+        if not self.image_rows:
+            return
+        features = people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes)
+        first = next(records, None)
+        if first is None:  # as above; `Shards` knows that nobody is there
+            return
+        records = itertools.chain([first], records)
+        self._save("people", counted(), features)
 
     def finish(self, *, source: dict[str, str], skipped: dict[str, int]) -> None:
         """Write ``dataset.json`` and give the dataset its name."""
-        if not self.counts["usable"]:
+        if not self.counts["usable"] and not (self.images_alone and self.counts["images"]):
             raise DataError(
                 f"{self.output}: nothing to write: no person that can be used; left out: {skipped | self.unused}"
             )
         description = {
             "format": FORMAT,
+            "clip_boxes": self.clip_boxes,
             "counts": self.counts,
             "skipped": skipped,
             "unused": self.unused,

@@ -2,10 +2,13 @@
 
 Training reads one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). Micro-batch m of
 rank r starts at sample ``start + (m * ranks + r) * batch_size``; worker w of n reads the micro-batches with m % n == w.
-So the only state is the number of samples consumed.
+So the only state is the number of samples consumed. Where people without labels have a share of the samples, sample k
+is one of them if floor(share * k) rises from k to k + 1: they come as evenly as can be, whatever the batch.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -17,12 +20,49 @@ from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 
 
-def epoch_order(people: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(people)
+def epoch_order(people: int, seed: int, epoch: int, *, source: int = 0) -> np.ndarray:
+    """The permutation of one epoch of a dataset."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source])).permutation(people)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample comes from: which dataset, which pass over it, which row of its people."""
+
+    source: int  # 0: with labels, 1: without
+    epoch: int
+    row: int
+
+
+@dataclass
+class Source:
+    """One dataset of the mixture, and the order of the epoch that was asked for last."""
+
+    shards: Shards
+    number: int
+    order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)))
+
+    def place(self, sample: int, *, seed: int | None) -> Place:
+        """The place of sample number ``sample`` of this dataset alone; without a seed they come as they are stored."""
+        epoch, position = divmod(sample, len(self.shards))
+        if seed is not None:
+            if self.order[0] != epoch:
+                self.order = epoch, epoch_order(len(self.shards), seed, epoch, source=self.number)
+            position = int(self.order[1][position])
+        return Place(self.number, epoch, int(self.shards.usable[position]))
+
+
+@dataclass(frozen=True)
+class Person:
+    """One row of the people, and its image decoded."""
+
+    place: Place
+    box: np.ndarray
+    keypoints: np.ndarray  # (joint, 3); all zero for someone without labels
+    pixels: np.ndarray
 
 
 class PoseStream(IterableDataset[Batch]):
@@ -32,6 +72,9 @@ class PoseStream(IterableDataset[Batch]):
     evaluation wants them. Where ``stop`` is not a multiple of ``ranks * batch_size`` the last batches run on into the
     next epoch, so that every batch has ``batch_size`` people and every rank has as many batches: who counts people
     drops the repeated :attr:`Batch.rows`.
+
+    ``unlabelled`` people, of whatever skeleton, come with no keypoint visible and have ``share`` of the samples.
+    ``unbiased`` crops as UDP does.
     """
 
     def __init__(
@@ -47,11 +90,15 @@ class PoseStream(IterableDataset[Batch]):
         ranks: int = 1,
         start: int = 0,
         stop: int | None = None,
+        unbiased: bool = False,
+        unlabelled: Shards | None = None,
+        share: float = 0.0,
     ) -> None:
         self.shards, self.input_size, self.batch_size, self.padding = shards, input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
         self.start, self.stop = start, len(shards) if stop is None else stop
-        self._order: tuple[int, np.ndarray] | None = None
+        self.unbiased, self.share = unbiased, share if unlabelled is not None else 0.0
+        self.sources = [Source(s, number) for number, s in enumerate((shards, unlabelled)) if s is not None]
 
     def __len__(self) -> int:
         """Micro-batches of this rank."""
@@ -66,71 +113,80 @@ class PoseStream(IterableDataset[Batch]):
 
     def batch(self, samples: range) -> Batch:
         """The batch of some samples of the endless sequence."""
-        places = [self._place(sample) for sample in samples]
-        rows = [row for _, row in places]
-        people = self.shards.people[rows]
-        pictures = self.shards.images[people["image_row"].tolist()]
-        crops, keypoints, visible, geometries = [], [], [], []
-        for i, (epoch, row) in enumerate(places):
-            pixels = decode_image(pictures["bytes"][i])
-            if pixels is None:
-                raise DataError(
-                    f"{self.shards.path}: image {pictures['file_name'][i]} no longer decodes; prepare it again"
-                )
-            triples = people["keypoints"][i].reshape(-1, 3)
-            geometry = self._geometry(epoch, row, people["box"][i], triples, pixels.shape)
-            crop, points, seen = self._crop(pixels, triples, geometry)
-            crops.append(crop)
-            keypoints.append(points)
-            visible.append(seen)
-            geometries.append(geometry)
+        people = self._read([self._place(sample) for sample in samples])
+        geometries = [self._geometry(person) for person in people]
+        crops, keypoints, visible = zip(*map(self._crop, people, geometries), strict=True)
+        unmixed = len(self.sources) == 1
         return Batch(
             crops=torch.from_numpy(np.stack(crops)),
             keypoints=torch.from_numpy(np.stack(keypoints).astype(np.float32)),
             visible=torch.from_numpy(np.stack(visible).astype(np.float32)),
             centers=torch.from_numpy(np.stack([g.center for g in geometries]).astype(np.float32)),
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
-            rows=torch.tensor(rows, dtype=torch.int64),
+            rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
+            labelled=None if unmixed else torch.tensor([1.0 - person.place.source for person in people]),
         )
 
-    def _place(self, sample: int) -> tuple[int, int]:
-        """Epoch and row of a sample."""
-        epoch, position = divmod(sample, len(self.shards))
-        if self.augment is None:
-            return epoch, int(self.shards.usable[position])
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(len(self.shards), self.seed, epoch)
-        return epoch, int(self.shards.usable[self._order[1][position]])
+    def _place(self, sample: int) -> Place:
+        seed = self.seed if self.augment is not None else None
+        before, after = math.floor(self.share * sample), math.floor(self.share * (sample + 1))
+        if after > before:
+            return self.sources[1].place(before, seed=seed)
+        return self.sources[0].place(sample - before, seed=seed)
 
-    def _geometry(self, epoch: int, row: int, box: np.ndarray, triples: np.ndarray, shape: tuple[int, ...]) -> Geometry:
-        center, size = box_to_region(clip_box(box, shape[1], shape[0]), self.input_size, padding=self.padding)
+    def _read(self, places: Sequence[Place]) -> list[Person]:
+        """The people at some places, in their order; each dataset is read once."""
+        found: dict[Place, Person] = {}
+        for source in self.sources:
+            chosen = [place for place in places if place.source == source.number]
+            if chosen:
+                found |= zip(chosen, self._people(source.shards, chosen), strict=True)
+        return [found[place] for place in places]
+
+    def _people(self, shards: Shards, places: Sequence[Place]) -> Iterator[Person]:
+        people = shards.people[[place.row for place in places]]
+        pictures = shards.images[people["image_row"].tolist()]
+        nothing = np.zeros((self.shards.skeleton.num_keypoints, 3), dtype=np.float32)
+        for i, place in enumerate(places):
+            pixels = decode_image(pictures["bytes"][i])
+            if pixels is None:
+                raise DataError(f"{shards.path}: image {pictures['file_name'][i]} no longer decodes; prepare it again")
+            keypoints = nothing if place.source else people["keypoints"][i].reshape(-1, 3)
+            yield Person(place, people["box"][i], keypoints, pixels)
+
+    def _geometry(self, person: Person) -> Geometry:
+        height, width = person.pixels.shape[:2]
+        shards = self.sources[person.place.source].shards
+        box = shards.box_to_crop(person.box, width=width, height=height)
+        center, size = box_to_region(box, self.input_size, padding=self.padding)
         if self.augment is None:
             return Geometry(center, size)
+        place = person.place
         return draw_geometry(
-            sample_generator(self.seed, epoch, row),
+            sample_generator(self.seed, place.epoch, place.row, source=place.source),
             self.augment,
             skeleton=self.shards.skeleton,
             center=center,
             size=size,
-            keypoints=triples[:, :2],
-            visible=triples[:, 2] > 0,
+            keypoints=person.keypoints[:, :2],
+            visible=person.keypoints[:, 2] > 0,
         )
 
-    def _crop(
-        self, pixels: np.ndarray, triples: np.ndarray, geometry: Geometry
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _crop(self, person: Person, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One warp, mirroring folded in; the keypoints through the same matrix, left and right exchanged with it."""
         height, width = self.input_size
-        points, visible = triples[:, :2], triples[:, 2] > 0
+        image_width, center = person.pixels.shape[1], geometry.center
+        points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
         if geometry.flip:
-            center = np.array([pixels.shape[1] - 1 - geometry.center[0], geometry.center[1]])
-            matrix = crop_matrix(center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation)
-            matrix = mirror_matrix(matrix, pixels.shape[1])
+            center = np.array([image_width - 1 - center[0], center[1]])
             exchange = list(self.shards.skeleton.flip_index)
             points, visible = points[exchange], visible[exchange]
-        else:
-            matrix = crop_matrix(geometry.center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation)
-        crop = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR)
+        matrix = crop_matrix(
+            center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation, unbiased=self.unbiased
+        )
+        if geometry.flip:
+            matrix = mirror_matrix(matrix, image_width)
+        crop = cv2.warpAffine(person.pixels, matrix, (width, height), flags=cv2.INTER_LINEAR)
         return crop, transform_points(matrix, points), visible
 
 

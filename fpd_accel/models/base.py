@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fpd_accel.errors import ModelError
+from fpd_accel.outputs import STRIDE
 
 
 class PoseModel(nn.Module):
@@ -15,11 +16,13 @@ class PoseModel(nn.Module):
     one stage only; so losses and decoders need no second case.
     """
 
-    stride: ClassVar[int] = 4
+    stride: ClassVar[int] = STRIDE
     """Input pixels per heatmap pixel."""
     input_multiple: ClassVar[int]
     """Height and width of the input must be multiples of this."""
     num_keypoints: int
+    num_stages: int = 1
+    """Entries of the tuple that `forward` returns."""
 
     def __init__(self, num_keypoints: int) -> None:
         """Raises ModelError unless there is a keypoint to predict."""
@@ -36,4 +39,12 @@ class PoseModel(nn.Module):
             raise ModelError(
                 f"{type(self).__name__} takes images whose height and width are multiples of {multiple}, "
                 f"not {height} x {width} (height x width)"
+            )
+
+    def check_size(self, images: Float[Tensor, "batch 3 height width"], size: tuple[int, int]) -> None:
+        """Raise ModelError unless the images have the one (height, width) that the network was built for."""
+        if tuple(images.shape[-2:]) != size:
+            raise ModelError(
+                f"{type(self).__name__} was built for images of {size[0]} x {size[1]} (height x width), "
+                f"not {images.shape[-2]} x {images.shape[-1]}"
             )

@@ -80,6 +80,7 @@ class StackedHourglass(PoseModel):
             raise ModelError(f"an hourglass network needs at least 1 stack, not {stacks}")
         if features < 8 or features % 4:
             raise ModelError(f"the features of an hourglass must be a multiple of 4 and at least 8, not {features}")
+        self.num_stages = stacks
         planes = features // EXPANSION
         self.conv1 = nn.Conv2d(3, features // 4, kernel_size=7, stride=2, padding=3)
         self.bn1 = nn.BatchNorm2d(features // 4)

@@ -1,0 +1,259 @@
+"""The two forms in which MPII's labels come -> people: the JSON of HRNet, and MPII's own MATLAB file.
+
+Coordinates stay as they are in the files, where pixels count from 1. MATLAB files are read by SciPy, which makes arrays
+of them and runs nothing.
+"""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from fpd_accel.data.coco import read_annotations
+from fpd_accel.errors import DataError
+from fpd_accel.skeleton import MPII
+
+JOINTS = MPII.num_keypoints
+HEAD_FACTOR = 0.6  # head size = this share of the diagonal of the head's rectangle; SC_BIAS of MPII's evaluation code
+GROUND_TRUTH = {"pos_gt_src": (JOINTS, 2), "jnt_missing": (JOINTS,), "headboxes_src": (2, 2)}  # and people, last
+STRANGER = 10.0  # pixels between the joints of one person in two files, above which they are two people
+
+
+@dataclass(frozen=True, eq=False)
+class Person:
+    """One labelled person, as the annotation file has them."""
+
+    number: int  # place in the file, from 1
+    image: str  # file name
+    position: tuple[float, float] | None  # about the middle of the body; None: the file does not say
+    scale: float  # height of the person in units of 200 pixels
+    keypoints: Float32[np.ndarray, "joint 3"]  # x, y, v; v as in COCO: 0 unlabelled (x = y = 0), 1 hidden, 2 seen
+    head_size: float = math.nan  # pixels; not-a-number where it is not known
+
+
+# --- HRNet's JSON -----------------------------------------------------------------------------------------------
+
+
+def read_hrnet_json(path: Path) -> list[Person]:
+    """People of a JSON list of ``image, center, scale, joints, joints_vis``.
+
+    Raises:
+        DataError: it is not such a list; a person lacks something, or has another number of joints.
+    """
+    people = read_annotations(path)
+    if not isinstance(people, list):
+        raise DataError(
+            f"{path}: not the JSON form of MPII, which is a list of people; a file in COCO's form goes with "
+            "--format coco --skeleton mpii"
+        )
+    return [_hrnet_person(f"{path}: person {number}", number, entry) for number, entry in enumerate(people, start=1)]
+
+
+def _hrnet_person(name: str, number: int, entry: Any) -> Person:
+    if not isinstance(entry, dict):
+        raise DataError(f"{name}: is {entry!r}, no object with image, center, scale, joints and joints_vis")
+    image = entry.get("image")
+    if not isinstance(image, str) or not image:
+        raise DataError(f"{name}: 'image' is {image!r}, not a file name")
+    if "joints" not in entry:
+        raise DataError(
+            f"{name}: has no 'joints'; the labels of MPII's test images are not published, take train or valid"
+        )
+    center, scale = _numbers(name, entry, "center", (2,)), float(_numbers(name, entry, "scale", ()))
+    joints, labelled = _numbers(name, entry, "joints", (JOINTS, 2)), _numbers(name, entry, "joints_vis", (JOINTS,))
+    if not np.isin(labelled, (0, 1)).all():
+        raise DataError(f"{name}: 'joints_vis' holds something that is neither 0 nor 1: {entry['joints_vis']}")
+    # An x of -1 is how the published loader knows people without a position.
+    position = (float(center[0]), float(center[1])) if center[0] != -1 and scale > 0 else None
+    return Person(number, image, position, scale, _triples(joints, 2 * labelled))
+
+
+def _numbers(name: str, entry: dict[str, Any], field: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        values = np.asarray(entry.get(field), dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):  # words, or lists of different lengths, or 400 digits
+        values = np.full((), np.nan)
+    if values.shape != shape:
+        wanted = " x ".join(map(str, shape)) or "one"
+        raise DataError(f"{name}: {field!r} should hold {wanted} numbers, not {entry.get(field)!r:.200}")
+    if not np.isfinite(values).all():
+        raise DataError(f"{name}: {field!r} holds something that is not a finite number: {entry.get(field)!r:.200}")
+    return values
+
+
+def _triples(joints: Float[np.ndarray, "joint 2"], visibility: np.ndarray) -> np.ndarray:
+    joints = np.where(visibility[:, None] > 0, joints, 0.0)
+    return np.concatenate([joints, visibility[:, None]], axis=1).astype(np.float32)
+
+
+# --- its ground truth for PCKh ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """What HRNet's evaluation compares predictions with, of each person of a JSON in its order."""
+
+    keypoints: Float32[np.ndarray, "person joint 3"]
+    head_sizes: Float[np.ndarray, " person"]
+
+
+def read_ground_truth(path: Path) -> GroundTruth:
+    """HRNet's ``gt_valid.mat``: joints, which are missing, and rectangles of heads.
+
+    Raises:
+        DataError: it is not such a file.
+    """
+    content = _load_matlab(path, *GROUND_TRUTH)
+    arrays = {}
+    for name, shape in GROUND_TRUTH.items():
+        array = content.get(name)
+        if array is None:
+            raise DataError(f"{path}: has no {name!r}: not the ground truth of HRNet's MPII evaluation (gt_valid.mat)")
+        # MATLAB forgets a last axis of one person.
+        fits = array.shape[: len(shape)] == shape and array.ndim <= len(shape) + 1 and array.size > 0
+        if not fits or array.dtype.kind not in "biuf":
+            raise DataError(
+                f"{path}: {name!r} is {array.dtype} {array.shape}, not numbers ({', '.join(map(str, shape))}, people)"
+            )
+        arrays[name] = np.moveaxis(array.reshape(*shape, -1).astype(np.float64), -1, 0)
+    joints, missing, heads = arrays.values()
+    if not len(joints) == len(missing) == len(heads):
+        raise DataError(f"{path}: {len(joints)}, {len(missing)} and {len(heads)} people in {', '.join(GROUND_TRUTH)}")
+    labelled = missing == 0
+    if not np.isfinite(joints[labelled]).all():
+        raise DataError(f"{path}: 'pos_gt_src' holds labelled joints whose coordinates are not finite numbers")
+    sizes = HEAD_FACTOR * np.linalg.norm(heads[:, 1] - heads[:, 0], axis=1)
+    triples = [_triples(points, 2 * seen) for points, seen in zip(joints, labelled, strict=True)]
+    return GroundTruth(np.stack(triples), np.where(sizes > 0, sizes, np.nan))
+
+
+def check_same_people(truth_path: Path, truth: GroundTruth, path: Path, people: list[Person]) -> None:
+    """Refuse a ground truth of other people: it says who is who by their order alone.
+
+    Raises:
+        DataError: another number of people, or one whose joints lie elsewhere.
+    """
+    advice = "the ground truth of a split goes with the JSON of that split (gt_valid.mat with valid.json)"
+    if len(truth.keypoints) != len(people):
+        raise DataError(f"{truth_path}: {len(truth.keypoints)} people, but {path} has {len(people)}; {advice}")
+    for person, keypoints in zip(people, truth.keypoints, strict=True):
+        both = (person.keypoints[:, 2] > 0) & (keypoints[:, 2] > 0)
+        distances = np.linalg.norm(person.keypoints[both, :2] - keypoints[both, :2], axis=1)
+        if both.any() and np.median(distances) > STRANGER:
+            raise DataError(
+                f"{truth_path}: person {person.number} is another than in {path}: their joints are "
+                f"{np.median(distances):.0f} pixels apart; {advice}"
+            )
+
+
+# --- MPII's MATLAB file -----------------------------------------------------------------------------------------
+
+
+def read_release(path: Path, skipped: Counter[str]) -> list[Person]:
+    """Labelled people of the training images of ``mpii_human_pose_v1_u12_1.mat``, and what was left out, counted.
+
+    Everybody with joints is taken, as in the JSON of HRNet; ``single_person``, the list of people who stand apart, is
+    not looked at.
+
+    Raises:
+        DataError: it is not that file.
+    """
+    release = _load_matlab(path, "RELEASE", simplify_cells=True).get("RELEASE")
+    if not isinstance(release, dict) or not {"annolist", "img_train"} <= release.keys():
+        raise DataError(
+            f"{path}: has no struct RELEASE with annolist and img_train: not MPII's own annotation file "
+            "(mpii_human_pose_v1_u12_1.mat); HRNet's gt_valid.mat is given as ground truth beside its JSON"
+        )
+    images, is_train = _structs(release["annolist"]), np.atleast_1d(release["img_train"])
+    if images is None or len(images) != len(is_train):
+        raise DataError(f"{path}: RELEASE.annolist and RELEASE.img_train do not belong together")
+    people: list[Person] = []
+    number = 0
+    for place, (image, train) in enumerate(zip(images, is_train, strict=True), start=1):
+        name = image["image"].get("name") if isinstance(image.get("image"), dict) else None
+        rectangles = _structs(image.get("annorect"))
+        if not isinstance(name, str) or not name or rectangles is None:
+            raise DataError(f"{path}: RELEASE.annolist({place}) has no image.name, or no struct annorect")
+        if not train:
+            skipped["image_of_test_set"] += 1
+        elif not rectangles:
+            skipped["image_empty"] += 1
+        else:
+            for rectangle in rectangles:
+                number += 1
+                people += _release_person(number, name, rectangle, skipped)
+    return people
+
+
+def _release_person(number: int, image: str, rectangle: dict[str, Any], skipped: Counter[str]) -> Iterator[Person]:
+    """The person of one ``annorect``, or a count of why there is none."""
+    holder = rectangle.get("annopoints")
+    points = _structs(holder.get("point")) if isinstance(holder, dict) else []
+    if not points:
+        skipped["person_unlabelled"] += 1
+        return
+    keypoints = _release_joints(points)
+    if keypoints is None:
+        skipped["person_contradictory"] += 1
+        return
+    position, scale = _numbers_of(rectangle.get("objpos"), "x", "y"), _numbers_of(rectangle, "scale")
+    head, size = _numbers_of(rectangle, "x1", "y1", "x2", "y2"), math.nan
+    if head is not None:
+        size = HEAD_FACTOR * math.hypot(head[2] - head[0], head[3] - head[1]) or math.nan
+    if position is None or scale is None or scale[0] <= 0:
+        yield Person(number, image, None, 0.0, keypoints, size)
+    else:
+        yield Person(number, image, (position[0], position[1]), scale[0], keypoints, size)
+
+
+def _release_joints(points: list[dict[str, Any]]) -> np.ndarray | None:
+    """Triples of a person's ``point`` structs; None if they contradict themselves."""
+    joints, visibility = np.zeros((JOINTS, 2)), np.zeros(JOINTS)
+    for point in points:
+        numbers, seen = _numbers_of(point, "id", "x", "y"), _numbers_of(point, "is_visible")
+        if numbers is None or numbers[0] not in range(JOINTS) or visibility[int(numbers[0])]:
+            return None
+        joints[int(numbers[0])] = numbers[1:]
+        visibility[int(numbers[0])] = 1 if seen is not None and seen[0] <= 0 else 2  # heads come without is_visible
+    return _triples(joints, visibility)
+
+
+def _structs(value: Any) -> list[dict[str, Any]] | None:
+    """A MATLAB struct array as a list: one struct is its own array, and an absent one an empty matrix."""
+    if isinstance(value, dict):
+        return [value]
+    if value is None or (isinstance(value, np.ndarray) and not value.size):
+        return []
+    return value if isinstance(value, list) and all(isinstance(struct, dict) for struct in value) else None
+
+
+def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
+    """Finite numbers, which MATLAB may hold as text; None if one is the empty matrix, or anything else."""
+    if not isinstance(struct, dict):
+        return None
+    try:
+        numbers = [float(struct[field]) for field in fields]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _load_matlab(path: Path, *names: str, simplify_cells: bool = False) -> dict[str, Any]:
+    from scipy.io import loadmat  # here alone: reading a COCO dataset should not cost its import
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about variables of classes that SciPy does not know; none is ours
+            return loadmat(path, appendmat=False, variable_names=names, simplify_cells=simplify_cells)
+    except NotImplementedError:
+        raise DataError(f"{path}: MATLAB 7.3 format, which is HDF5; save it again with `save -v7`") from None
+    except Exception as error:  # whatever damaged bytes lead the reader to
+        raise DataError(f"{path}: not readable as a MATLAB file: {error}") from None

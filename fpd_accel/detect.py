@@ -1,0 +1,213 @@
+"""Where the people are in a folder of images: boxes by torchvision's Faster R-CNN, in COCO's result format.
+
+The network is ``fasterrcnn_resnet50_fpn_v2`` (Ren et al., NeurIPS 2015; Li et al., arXiv 2111.11429) of COCO's classes,
+with the weights that torchvision publishes or those of a file.
+"""
+
+import http.client
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
+
+from fpd_accel.data.detections import PERSON
+from fpd_accel.data.shards import decode_image
+from fpd_accel.errors import DataError, WeightsError
+from fpd_accel.log import console, track, warn
+from fpd_accel.weights import load_weights
+
+PUBLISHED = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+NUM_CLASSES = 91  # COCO's, the background among them
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def detect_people(
+    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    annotations: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    threshold: float = 0.05,
+    device: str = "cpu",
+    batch: int = 1,
+) -> list[dict[str, Any]]:
+    """Write the boxes of the people in a folder's images to a JSON file, whole or not at all, and return them.
+
+    Args:
+        annotations: a COCO file whose ``images`` say which to look at and what their ids are; without it all images
+            of the folder, numbered by :func:`list_images`.
+        weights: of the detector, see :func:`load_detector`.
+        threshold: score from which on a box is written. For average precision low scores count too.
+        batch: images per forward; smaller ones are padded to the largest, which moves their boxes a little.
+
+    Raises:
+        UserError: folder, annotations, weights or device cannot be used, or no image can be read.
+    """
+    folder, output = Path(folder), Path(output)
+    images = list_images(folder, annotations)
+    if output.is_dir():
+        raise DataError(f"{output}: is a folder; --output is the JSON file to write")
+    detector = load_detector(weights, device=device, threshold=threshold)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)  # before the long part
+    except OSError as error:
+        raise DataError(f"{output.parent}: cannot be made: {error.strerror}") from None
+    boxes = find_boxes(detector, folder, images, batch=batch)
+    staged = output.with_name(f".{output.name}.{os.getpid()}")
+    staged.write_text(json.dumps(boxes), encoding="utf-8")
+    staged.replace(output)
+    return boxes
+
+
+def list_images(folder: Path, annotations: str | os.PathLike[str] | None = None) -> dict[str, int]:
+    """File name -> image id: those of an annotation file, or all images of the folder.
+
+    Without annotations the id is the number at the end of the name, as in COCO's own file names, if every name has one
+    and no two the same; otherwise images are numbered from 1 in the order of their names.
+
+    Raises:
+        DataError: there is no such folder, no image in it, or the annotation file does not list images.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such image folder")
+    if annotations is not None:
+        return _listed_images(Path(annotations))
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not names:
+        raise DataError(f"{folder}: no image in it ({', '.join(SUFFIXES)})")
+    numbers = [int(match[0]) for name in names if (match := re.search(r"\d+$", Path(name).stem))]
+    if len(set(numbers)) != len(names):
+        numbers = list(range(1, len(names) + 1))
+    return dict(zip(names, numbers, strict=True))
+
+
+def _listed_images(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such annotation file")
+    try:
+        dataset = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    listed = dataset.get("images") if isinstance(dataset, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise DataError(f"{path}: not a COCO annotation file: it has no list of images")
+    images: dict[str, int] = {}
+    for entry in listed:
+        known = isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("id"), int)
+        if not known:
+            raise DataError(f"{path}: images holds {entry!r}, without a file_name or an integer id")
+        images[entry["file_name"]] = entry["id"]
+    return images
+
+
+def load_detector(
+    weights: str | os.PathLike[str] | None = None, *, device: str = "cpu", threshold: float = 0.05, **options: Any
+) -> nn.Module:
+    """Faster R-CNN in evaluation mode, for lists of RGB images (3, H, W) in 0..1 of any sizes.
+
+    Args:
+        weights: a ``.pth`` or ``.safetensors`` of this network, loaded strictly, nothing in it run; None: torchvision's
+            published ones, downloaded once into PyTorch's cache.
+        options: of torchvision's ``FasterRCNN``, such as ``min_size``, the pixels to which an image's shorter side is
+            brought (800).
+
+    Raises:
+        WeightsError: the weights cannot be had, cannot be read, or do not fit.
+        DataError: the device cannot be used.
+    """
+    path = Path(weights) if weights is not None else download_weights()
+    detector = fasterrcnn_resnet50_fpn_v2(
+        weights=None, weights_backbone=None, num_classes=NUM_CLASSES, box_score_thresh=threshold, **options
+    )
+    try:
+        load_weights(detector, path)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}\n  a detector is torchvision's fasterrcnn_resnet50_fpn_v2 of {NUM_CLASSES} classes"
+        ) from None
+    try:
+        return detector.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device {device!r} cannot be used: {error}") from None
+
+
+def download_weights() -> Path:
+    """Torchvision's published weights, where PyTorch keeps what it downloads; fetched if they are not there yet.
+
+    Raises:
+        WeightsError: they cannot be fetched, or what came is not what was published.
+    """
+    name = PUBLISHED.url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    prefix = re.search(r"-([0-9a-f]+)\.", name)  # of the SHA-256, in the name of the file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            PUBLISHED.url, str(path), hash_prefix=prefix[1] if prefix else None, progress=console.is_terminal
+        )
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise WeightsError(
+            f"{PUBLISHED.url}: cannot be downloaded to {path} ({error}); fetch this file on a machine that can, and "
+            "name it with --weights"
+        ) from None
+    return path
+
+
+@torch.inference_mode()
+def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, batch: int = 1) -> list[dict[str, Any]]:
+    """The people in some images of a folder: ``image_id, category_id, bbox, score`` and ``file_name`` of each.
+
+    Boxes are (x, y, width, height) in pixels of the image as it is stored, its EXIF orientation ignored like everywhere
+    here. Images that cannot be read are skipped and counted in a warning.
+
+    Raises:
+        DataError: none can be read.
+    """
+    device = next(detector.parameters()).device
+    boxes: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for names, pixels in _batches(folder, track(images, f"looking for people in {folder}"), batch, skipped):
+        found = detector([torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255 for image in pixels])
+        for name, people in zip(names, found, strict=True):
+            corners, scores = (people[key][people["labels"] == PERSON].cpu() for key in ("boxes", "scores"))
+            for (x1, y1, x2, y2), score in zip(corners.tolist(), scores.tolist(), strict=True):
+                box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
+                person = {"image_id": images[name], "category_id": PERSON, "bbox": box, "score": round(score, 6)}
+                boxes.append({**person, "file_name": name})
+    if len(skipped) == len(images):
+        raise DataError(f"{folder}: none of {len(images)} images can be read; looked first for {folder / skipped[0]}")
+    if skipped:
+        warn(f"{len(skipped)} of {len(images)} images are missing or do not decode, {folder / skipped[0]} among them")
+    return boxes
+
+
+def _batches(
+    folder: Path, names: Iterable[str], batch: int, skipped: list[str]
+) -> Iterator[tuple[list[str], list[np.ndarray]]]:
+    """Names and RGB pixels of the images that can be read, so many at a time; the names of the others."""
+    chosen: list[str] = []
+    pixels: list[np.ndarray] = []
+    for name in names:
+        try:
+            image = decode_image((folder / name).read_bytes())
+        except OSError:
+            image = None
+        if image is None:
+            skipped.append(name)
+            continue
+        chosen.append(name)
+        pixels.append(image)
+        if len(chosen) == batch:
+            yield chosen, pixels
+            chosen, pixels = [], []
+    if chosen:
+        yield chosen, pixels

@@ -1,0 +1,198 @@
+"""ViTPose: a plain vision transformer on patches of 16 pixels, and a small head that brings its features to stride 4.
+
+ViTPose: Simple Vision Transformer Baselines for Human Pose Estimation (Xu, Zhang, Zhang, Tao, NeurIPS 2022), section
+3.1, on the transformer of Dosovitskiy et al. (ICLR 2021); parameter names equal those of the published checkpoints.
+Shapes, with `width` = D and N = height / 16 * width / 16 patches:
+
+    images       3 channels, stride 1
+    tokens       (batch, N, D): one per patch, plus its position
+    features     D channels, stride 16: the tokens after all blocks, back on their grid
+    head         classic: two deconvolutions to 256 channels at stride 4, then a 1x1 convolution
+                 simple: ReLU, bilinear upsampling by 4, a 3x3 convolution
+"""
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fpd_accel.errors import ModelError
+from fpd_accel.models.base import PoseModel
+
+PATCH = 16
+PATCH_PADDING = 2  # as published: windows of 16 pixels that begin 2 pixels outside the image
+MLP_RATIO = 4
+HEAD_CHANNELS = 256
+EPSILON = 1e-6  # of the layer normalisations
+
+
+class Size(NamedTuple):
+    """Channels of a token, number of blocks, and attention heads in each."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {"s": Size(384, 12, 12), "b": Size(768, 12, 12), "l": Size(1024, 24, 16), "h": Size(1280, 32, 16)}
+
+
+class PatchEmbedding(nn.Module):
+    """From an image to one token per patch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH, padding=PATCH_PADDING)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patch channel"]:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention of all patches with each other."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        # (batch, patch, 3 * channel) -> query, key and value, each (batch, head, patch, channel / heads)
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers on each token alone, with a GELU between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after normalisation and beside a skip connection."""
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(width, eps=EPSILON), Attention(width, heads=heads)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=EPSILON), MLP(width)
+
+    def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class VisionTransformer(nn.Module):
+    """The backbone: blocks on a fixed grid of patches, whose positions are learned."""
+
+    def __init__(self, size: Size, *, grid: tuple[int, int]) -> None:
+        """`grid` is the number of patches (down, across)."""
+        super().__init__()
+        self.grid = grid
+        self.patch_embed = PatchEmbedding(size.width)
+        # One row more than patches: pre-training had a class token, and its row is added to every patch.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], size.width))
+        self.blocks = nn.ModuleList(Block(size.width, heads=size.heads) for _ in range(size.depth))
+        self.last_norm = nn.LayerNorm(size.width, eps=EPSILON)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch channel grid_height grid_width"]:
+        tokens = self.patch_embed(images) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.last_norm(tokens).transpose(1, 2).unflatten(-1, self.grid)
+
+
+class ClassicHead(nn.Module):
+    """Two bias-free transposed 4x4 convolutions, each of which doubles the size, then a 1x1 convolution."""
+
+    def __init__(self, inputs: int, num_keypoints: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels in (inputs, HEAD_CHANNELS):
+            layers += [
+                nn.ConvTranspose2d(channels, HEAD_CHANNELS, kernel_size=4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(HEAD_CHANNELS),
+                nn.ReLU(inplace=True),
+            ]
+        self.deconv_layers = nn.Sequential(*layers)
+        self.final_layer = nn.Conv2d(HEAD_CHANNELS, num_keypoints, kernel_size=1)
+
+    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
+        return self.final_layer(self.deconv_layers(features))
+
+
+class SimpleHead(nn.Module):
+    """ReLU, bilinear upsampling by 4 and one 3x3 convolution."""
+
+    def __init__(self, inputs: int, num_keypoints: int) -> None:
+        super().__init__()
+        self.final_layer = nn.Conv2d(inputs, num_keypoints, kernel_size=3, padding=1)
+
+    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
+        enlarged = F.interpolate(F.relu(features), scale_factor=4, mode="bilinear", align_corners=False)
+        return self.final_layer(enlarged)
+
+
+class ViTPose(PoseModel):
+    """A vision transformer of one of `SIZES` with a classic or simple head, for images of one size; one output."""
+
+    input_multiple: ClassVar[int] = PATCH
+
+    def __init__(
+        self,
+        num_keypoints: int,
+        *,
+        size: Literal["s", "b", "l", "h"],
+        head: Literal["classic", "simple"] = "classic",
+        input_size: tuple[int, int] = (256, 192),
+    ) -> None:
+        """`input_size` is (height, width) in pixels; raises ModelError unless 16 divides both."""
+        super().__init__(num_keypoints)
+        height, width = self.input_size = input_size
+        if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+            raise ModelError(f"ViTPose takes input sizes of multiples of {PATCH}, not {height} x {width}")
+        self.backbone = VisionTransformer(SIZES[size], grid=(height // PATCH, width // PATCH))
+        head_class = ClassicHead if head == "classic" else SimpleHead
+        self.keypoint_head = head_class(SIZES[size].width, num_keypoints)
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.backbone.pos_embed, std=0.02)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+        """Return the heatmaps at a quarter of the input size; raises ModelError for any other than `input_size`."""
+        self.check_input(images)
+        height, width = images.shape[-2:]
+        if (height, width) != self.input_size:
+            raise ModelError(
+                f"this ViTPose has positions for {self.input_size[0]} x {self.input_size[1]} (height x width), not for "
+                f"images of {height} x {width}; create it with input_size=({height}, {width})"
+            )
+        return (self.keypoint_head(self.backbone(images)),)
+
+
+def initialise(module: nn.Module) -> None:
+    """Draw linear layers from a truncated N(0, 0.02) and the head from N(0, 0.001), with zero bias, as published.
+
+    Normalisations keep 1 and 0, and the patches' convolution PyTorch's own initialisation.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, ClassicHead | SimpleHead):
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(layer.weight, std=0.001)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)

@@ -1,0 +1,160 @@
+"""Keypoints that a network found -> COCO's result format and scores: the part of evaluation behind the network.
+
+Score a person by box score times mean score of confident keypoints, drop near-duplicates of an image by OKS, and
+compare with what is annotated.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+
+from fpd_accel.config import Evaluate
+from fpd_accel.data.detections import Detections
+from fpd_accel.data.shards import Shards
+from fpd_accel.geometry import box_to_region
+from fpd_accel.metrics import mpii_scores, oks_nms, pck, rescore, soft_oks_nms
+
+CATEGORY = 1  # "person", as COCO numbers it
+PCK_THRESHOLDS = {"torso": 0.2, "box": 0.1}  # share of the torso's length, or of the box's longer side
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Keypoints of N people in image pixels, as arrays that share their first axis."""
+
+    rows: Int64[np.ndarray, " person"]  # of the people in the shards
+    keypoints: Float[np.ndarray, "person joint 2"]
+    scores: Float[np.ndarray, "person joint"]  # heatmap maxima
+
+
+def results(
+    shards: Shards, predictions: Predictions, *, options: Evaluate, input_size: tuple[int, int], padding: float = 1.25
+) -> list[dict[str, Any]]:
+    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image), best of an image first.
+
+    Soft suppression chooses whom to keep by decayed scores, but as in the published code the score of a person stays.
+    """
+    people = shards.people[predictions.rows]
+    sizes = regions(shards, predictions.rows, input_size, padding)[1]
+    areas = sizes.prod(axis=1)  # of the padded region, as the published code takes it
+    scores = rescore(predictions.scores, people["score"], options.keypoint_threshold)
+    found = []
+    for image in np.unique(people["image_id"]):
+        members = np.flatnonzero(people["image_id"] == image)
+        own = (predictions.keypoints[members], scores[members], areas[members])
+        match options.nms:
+            case "hard":
+                kept = oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
+            case "soft":
+                kept = soft_oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
+            case "none":
+                kept = np.argsort(-scores[members], kind="stable")
+        found += [_result(int(image), predictions, int(member), float(scores[member])) for member in members[kept]]
+    return found
+
+
+def crowding(shards: Shards, predictions: Predictions, people: list[dict[str, Any]]) -> dict[str, float]:
+    """What the scores of a protocol hang on: people per image with people, before and after NMS, and their scores."""
+    images = len(np.unique(shards.people[predictions.rows]["image_id"]))
+    scores = [person["score"] for person in people]
+    return {
+        "people_per_image_before_nms": len(predictions.rows) / images,
+        "people_per_image": len(people) / images,
+        "score_min": min(scores),
+        "score_max": max(scores),
+    }
+
+
+def _result(image_id: int, predictions: Predictions, person: int, score: float) -> dict[str, Any]:
+    triples = np.concatenate([predictions.keypoints[person], predictions.scores[person, :, None]], axis=1)
+    return {
+        "image_id": image_id,
+        "category_id": CATEGORY,
+        "keypoints": [round(float(value), 3) for value in triples.ravel()],
+        "score": score,
+    }
+
+
+def regions(
+    shards: Shards, rows: np.ndarray, input_size: tuple[int, int], padding: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres and (width, height) of the crops of some people, image pixels."""
+    people = shards.people[rows]
+    pictures = shards.images.select_columns(["width", "height"])[people["image_row"].tolist()]
+    triples = zip(people["box"], pictures["width"], pictures["height"], strict=True)
+    boxes = np.stack([shards.box_to_crop(box, width=width, height=height) for box, width, height in triples])
+    return box_to_region(boxes, input_size, padding=padding)
+
+
+def ground_truth(shards: Shards, *, rows: np.ndarray | None = None) -> dict[str, Any]:
+    """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too.
+
+    ``rows`` takes some people alone, and their images.
+    """
+    annotated = shards.annotated.people
+    people = annotated[:] if rows is None else annotated[rows]
+    annotations = [
+        {
+            "id": int(people["id"][i]),
+            "image_id": int(people["image_id"][i]),
+            "category_id": CATEGORY,
+            "bbox": people["box"][i].tolist(),
+            "area": float(people["area"][i]),
+            "iscrowd": int(people["crowd"][i]),
+            "keypoints": people["keypoints"][i].tolist(),
+            "num_keypoints": int((people["keypoints"][i][2::3] > 0).sum()),
+        }
+        for i in range(len(people["id"]))
+    ]
+    listed = shards.images.with_format("numpy")["id"][:] if rows is None else np.unique(people["image_id"])
+    images = [{"id": int(image)} for image in listed]
+    return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}
+
+
+def ground_truth_predictions(shards: Shards, *, rows: np.ndarray | None = None) -> Predictions:
+    """The labels as predictions, for testing the path behind the network: it has to score 1.0.
+
+    A network says something about every keypoint, so unlabelled ones lie in the middle of the box. ``rows`` takes some
+    usable people alone.
+    """
+    rows = shards.usable if rows is None else rows
+    people = shards.people[rows]
+    triples = people["keypoints"].reshape(len(rows), -1, 3)
+    middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]
+    labelled = triples[..., 2] > 0
+    keypoints = np.where(labelled[..., None], triples[..., :2], middle)
+    return Predictions(rows, keypoints, labelled.astype(np.float32))
+
+
+def keypoint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
+    """PCK in percent: the share of labelled keypoints found within 0.2 torso lengths (or 0.1 of the box's longer side).
+
+    The torso's ends are the skeleton's (Sapp & Taskar, CVPR 2013, for 0.2); people without both of them do not count.
+    """
+    people = shards.people[predictions.rows]
+    triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
+    truth, visible = triples[..., :2], triples[..., 2] > 0
+    if shards.skeleton.torso is not None:
+        kind, (a, b) = "torso", (shards.skeleton.index(name) for name in shards.skeleton.torso)
+        lengths = np.linalg.norm(truth[:, a] - truth[:, b], axis=-1)
+        lengths = np.where(visible[:, a] & visible[:, b], lengths, np.nan)
+    else:
+        kind, lengths = "box", people["box"][:, 2:].max(axis=1)
+    threshold = PCK_THRESHOLDS[kind]
+    return {f"PCK_{kind}@{threshold}": pck(predictions.keypoints, truth, lengths, visible, threshold).mean}
+
+
+def head_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
+    """:func:`~fpd_accel.metrics.mpii_scores` of the people whose head size the shards know, if there are any."""
+    if not shards.has_head_sizes:
+        return {}
+    people = shards.people[predictions.rows]
+    triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
+    return mpii_scores(predictions.keypoints, triples[..., :2], people["head_size"], triples[..., 2] > 0)
+
+
+def selection_metric(shards: Shards) -> str:
+    """The metric by which the best of several networks is chosen on these people."""
+    return "PCKh@0.5" if shards.has_head_sizes and not isinstance(shards, Detections) else "AP"
