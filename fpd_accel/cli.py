@@ -165,7 +165,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         say(f"  without the size of the head, so not in PCKh: {counts['usable'] - counts['head_sizes']}")
     if shards.skeleton.sigma_note:
         say(f"  {shards.skeleton.sigma_note.removeprefix(', ')}: the skeleton gives none")
-    say(f"next: fpd-accel check {shards.path} --output PICTURE.png")
+    if counts["people"]:
+        say(f"next: fpd-accel check {shards.path} --output PICTURE.png")
+    else:
+        say(f"next: fpd-accel detect {arguments.images} --annotations {arguments.annotations} --output BOXES.json")
 
 
 def _detect(arguments: argparse.Namespace) -> None:

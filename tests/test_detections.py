@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fpd_accel.check import read_labels
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Evaluate, load_recipe
 from fpd_accel.data.batch import Normalization
@@ -328,6 +329,8 @@ def test_images_alone_can_be_prepared_and_hold_a_detectors_people(shared: Path, 
     assert len(detections) == 3
     batch = next(iter(PoseStream(detections, input_size=SIZE, batch_size=3)))
     assert torch.equal(batch.crops[0], batch.crops[2])
+    with pytest.raises(DataError, match="nobody is annotated"):
+        read_labels(shards)
 
 
 # --- which boxes are used ---------------------------------------------------------------------------------------

@@ -86,8 +86,10 @@ def read_labels(shards: Shards) -> Labels:
     """The columns of the people and the sizes of their images.
 
     Raises:
-        DataError: a column does not have the shape that the skeleton and the format ask for.
+        DataError: nobody is annotated, or a column does not have the shape that the skeleton and the format ask for.
     """
+    if not len(shards.people):
+        raise DataError(f"{shards.path}: images alone: nobody is annotated, so there are no labels to check")
     people, images = shards.people.data, shards.images.data
     joints = shards.skeleton.num_keypoints
     triples = _rows(shards, people.column("keypoints").chunks, 3 * joints, name="keypoints").reshape(-1, joints, 3)

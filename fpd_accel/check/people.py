@@ -27,8 +27,8 @@ def check_skipped(shards: Shards) -> list[Finding]:
     ]
 
 
-def check_boxes(labels: Labels) -> list[Finding]:
-    """Boxes and areas that cannot be, or not for the image they are in."""
+def check_boxes(labels: Labels, *, cut: bool) -> list[Finding]:
+    """Boxes and areas that cannot be, or not for the image they are in; ``cut`` to it before cropping, or not."""
     x, y, width, height = labels.boxes.T
     right, bottom = x + width, y + height
     people = ~labels.crowd
@@ -58,12 +58,12 @@ def check_boxes(labels: Labels) -> list[Finding]:
             among=people,
         ),
         *finding(
-            "warning",
+            "warning" if cut else "information",
             "box_partly_outside_image",
             partly,
             lambda share: (
                 f"{share}: the box reaches outside the image, by up to {out_by[partly].max():.0f} pixels; "
-                "it is cut to the image when the person is cropped"
+                + ("it is cut to the image when the person is cropped" if cut else "crops show it as it is")
             ),
         ),
         *finding(

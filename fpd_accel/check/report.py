@@ -95,7 +95,7 @@ def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
         *check_skeleton(shards.skeleton),
         *check_repeated(labels),
         *check_images(shards),
-        *check_boxes(labels),
+        *check_boxes(labels, cut=shards.description.get("clip_boxes", True)),
         *check_keypoints(labels),
         *check_limbs(limbs),
         *check_sides(labels),
