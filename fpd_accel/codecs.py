@@ -134,8 +134,8 @@ class SimCCCodec:
         """
         height, width = self.input_size
         bins = torch.round(keypoints.to(torch.float32) * BINS_PER_PIXEL)
-        limits = torch.tensor([width, height], device=bins.device) * BINS_PER_PIXEL
-        inside = ((bins >= 0) & (bins < limits)).all(dim=-1)
+        column, row = bins.unbind(-1)
+        inside = (column >= 0) & (column < BINS_PER_PIXEL * width) & (row >= 0) & (row < BINS_PER_PIXEL * height)
         bins = torch.where(inside[..., None], bins, 0.0)
         sides = zip(bins.unbind(-1), (width, height), self.sigmas, strict=True)
         weight = torch.where(inside, visible.to(torch.float32), 0.0)

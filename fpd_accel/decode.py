@@ -107,10 +107,10 @@ def decode_heatmaps(
             raise UserError(f"refine: {refine!r} is none of {', '.join(get_args(Refinement))}")
     height, width = heatmaps.shape[-2:]
     sizes = sizes.to(torch.float32)
-    if unbiased:
-        cells = torch.tensor([width - 1, height - 1], device=heatmaps.device)
-        return (coordinates / cells - 0.5) * sizes[:, None] + centers.to(torch.float32)[:, None], scores
     x, y = coordinates.unbind(-1)
+    if unbiased:
+        shares = torch.stack((x / (width - 1), y / (height - 1)), dim=-1)
+        return (shares - 0.5) * sizes[:, None] + centers.to(torch.float32)[:, None], scores
     centered = torch.stack((x - width / 2, y - height / 2), dim=-1)
     pixels_per_cell = sizes[:, 0] / width
     return centered * pixels_per_cell[:, None, None] + centers.to(torch.float32)[:, None], scores

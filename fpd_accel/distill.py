@@ -102,14 +102,19 @@ class Distiller(nn.Module):
         return heatmap_mse(stage, lesson, weight)
 
     def _as_simcc(self, stage: SimCC, lesson: Output) -> SimCC:
-        """A SimCC teacher's distributions, or a heatmap teacher's marginals made as narrow as the student's labels."""
+        """A SimCC teacher's distributions, or a heatmap teacher's marginals made as narrow as the student's labels.
+
+        Either is tempered as the student is.
+        """
+        temperature = self.options.temperature or 1.0
         if isinstance(lesson, SimCC):
-            return lesson.map(lambda logits: logits / (self.options.temperature or 1.0)).softmax()
+            return lesson.map(lambda logits: logits / temperature).softmax()
         assert isinstance(self.codec, SimCCCodec)
         assert isinstance(self.teacher_codec, HeatmapCodec)
         bins = stage.x.shape[-1], stage.y.shape[-1]
         spread = self.teacher_codec.sigma * STRIDE * BINS_PER_PIXEL  # of the teacher's Gaussian, bins
-        return marginals(lesson, bins, sharpness=(2 * spread / sum(self.codec.sigmas)) ** 2)
+        along_x, along_y = ((spread / sigma) ** 2 / temperature for sigma in self.codec.sigmas)
+        return marginals(lesson, bins, sharpness=(along_x, along_y))
 
     def _counted(self, lesson: Output, weight: Tensor) -> Tensor:
         """Weights (B, K) of the teacher's term."""

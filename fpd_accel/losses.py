@@ -115,23 +115,26 @@ def simcc_kl(
 
 
 def marginals(
-    heatmaps: Float[Tensor, "batch joint height width"], bins: tuple[int, int], *, sharpness: float = 1.0
+    heatmaps: Float[Tensor, "batch joint height width"],
+    bins: tuple[int, int],
+    *,
+    sharpness: tuple[float, float] = (1.0, 1.0),
 ) -> SimCC:
     """What heatmaps say about each axis alone, as SimCC's probabilities: their positive part, summed and normalised.
 
     Args:
         bins: along x and along y; bin 0 and cell 0 both stand at the input's first pixel.
-        sharpness: power taken before normalising; a Gaussian becomes narrower by its square root.
+        sharpness: power along x and along y taken before normalising; a Gaussian becomes narrower by its square root.
 
     A heatmap without a positive value gives zeros.
     """
     positive = heatmaps.float().clamp(min=0)
     axes = []
-    for profile, count in zip((positive.sum(dim=2), positive.sum(dim=3)), bins, strict=True):
+    for profile, count, power in zip((positive.sum(dim=2), positive.sum(dim=3)), bins, sharpness, strict=True):
         peak = profile.amax(dim=-1, keepdim=True)
         # Of logarithms, so that a Gaussian between the cells is still that Gaussian: they are parabolas.
         logs = (profile / peak.clamp(min=1e-12)).clamp(min=1e-4).log()
-        powers = sharpness * (logs @ _cubic_weights(profile.shape[-1], count, profile.device))
+        powers = power * (logs @ _cubic_weights(profile.shape[-1], count, profile.device))
         axes.append(torch.where(peak > 0, powers.softmax(dim=-1), 0.0))
     return SimCC(*axes)
 

@@ -200,6 +200,15 @@ class Trainer:
         model.n_averaged.fill_(1)  # the initial weights are its first term; at 0 the first step would replace them
         return model.requires_grad_(False)
 
+    def _average_buffers(self) -> None:
+        """Running statistics of normalisation layers, the mean over ranks: each rank saw its own people alone."""
+        if self.accelerator.num_processes == 1:
+            return
+        for model in (self.bare, *([] if self.average is None else [self.average.module])):
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
     def _crosses_epoch(self, every: float | None) -> bool:
         """Whether this step went past a multiple of ``every`` epochs."""
         if every is None:
@@ -222,7 +231,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Metrics on the held-out people; the best student so far goes to ``best/``."""
         assert self.valid_shards is not None
-        _average_buffers(self.bare, self.accelerator)
+        self._average_buffers()
         model = self.bare if self.average is None else self.average.module
         metrics, people = evaluate(
             model,
@@ -258,7 +267,7 @@ class Trainer:
         finite = torch.stack([parameter.isfinite().all() for parameter in self.bare.parameters()]).all()
         if not finite:  # the step after would have shown it, one checkpoint too late
             self._stop(f"the weights after step {self.step} are not finite")
-        _average_buffers(self.bare, self.accelerator)
+        self._average_buffers()
         optimizer = optimizer_tensors(self.bare, self.optimizer.optimizer)  # every rank takes part
         if self.accelerator.is_main_process:
             tensors = {"student": self.bare.state_dict(), "optimizer": optimizer}
@@ -301,11 +310,3 @@ class Trainer:
         picture = comparison(batch, outputs, self.train_shards.skeleton)
         save_picture(self.directory / "pictures" / f"step_{self.step:08d}.png", picture)
         self.log.picture("people", picture, self.step)
-
-
-def _average_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Running statistics of normalisation layers, the mean over ranks: each rank saw its own share of the people."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))

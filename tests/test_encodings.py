@@ -10,7 +10,7 @@ from fpd_accel.config import Codec
 from fpd_accel.decode import accuracy, decode, decode_heatmaps, fuse
 from fpd_accel.errors import UserError
 from fpd_accel.geometry import box_to_region, crop_matrix, transform_points
-from fpd_accel.outputs import BINS_PER_PIXEL, Output, SimCC
+from fpd_accel.outputs import BINS_PER_PIXEL, Output, SimCC, each
 from fpd_accel.skeleton import COCO
 
 INPUT = (128, 96)  # (height, width)
@@ -157,6 +157,18 @@ def test_flip_test_of_a_mirrored_image_is_the_mirrored_result(name: str) -> None
     pixels = 1.25 * 96 / width  # image pixels of one pixel of the crop
     assert np.abs(back - plain).max() < MIRROR_BOUNDS[name] * pixels
     assert np.abs(plain - keypoints).max() < (BOUNDS[name] + MIRROR_BOUNDS[name]) * pixels
+
+
+@pytest.mark.parametrize("name", ["udp", "simcc"])
+def test_what_comes_from_the_mirrored_image_alone_is_in_its_place(name: str) -> None:
+    codec, width = codec_named(name), INPUT[1]
+    keypoints = random_keypoints(3).round()  # whole pixels: rounding to bins is not the subject
+    mirrored = torch.stack((width - 1 - keypoints[..., 0], keypoints[..., 1]), dim=-1)[:, list(COCO.flip_index)]
+    plain, flipped = (as_output(codec.encode(points, torch.ones(3, 17))[0]) for points in (keypoints, mirrored))
+    nothing = each(plain, torch.zeros_like)
+    fused = fuse(nothing, flipped, codec, COCO.flip_index)
+    found, _ = decode(fused, codec, *whole_crop(codec, 3))
+    assert (found - keypoints).abs().max() < (0.1 if name == "udp" else 1e-4)
 
 
 def test_unbiased_crop_puts_the_regions_corners_on_the_corner_pixels() -> None:

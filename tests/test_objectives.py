@@ -12,7 +12,7 @@ from test_distill import CODEC, random_batch
 from torch import Tensor
 
 from fpd_accel import Distiller, create_model
-from fpd_accel.codecs import SimCCCodec
+from fpd_accel.codecs import HeatmapCodec, SimCCCodec
 from fpd_accel.config import Augment, Distill, load_recipe
 from fpd_accel.data import Batch, PoseStream, Shards
 from fpd_accel.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -85,12 +85,13 @@ def test_simcc_kl_ignores_joints_whose_target_is_empty() -> None:
 
 
 def test_marginals_of_gaussians_are_the_labels_that_a_simcc_student_would_get() -> None:
-    codec, keypoints = SimCCCodec((64, 64)), 12 + 40 * random_maps(4, 17, 2, seed=0)
+    codec, keypoints = SimCCCodec((64, 48)), 12 + 24 * random_maps(4, 17, 2, seed=0)
     keypoints = (keypoints / 4).round() * 4  # cells: rounding is not the subject
-    heatmaps, _ = CODEC.encode(keypoints, torch.ones(4, 17))
+    heatmaps, _ = HeatmapCodec((64, 48), (16, 12), 1.5).encode(keypoints, torch.ones(4, 17))
     labels, _ = codec.encode(keypoints, torch.ones(4, 17))
-    bins_per_cell, (sigma, _) = 8, codec.sigmas
-    found = marginals(heatmaps, (128, 128), sharpness=(CODEC.sigma * bins_per_cell / sigma) ** 2)
+    bins_per_cell, (sigma_x, sigma_y) = 8, codec.sigmas
+    sharpness = tuple((1.5 * bins_per_cell / sigma) ** 2 for sigma in (sigma_x, sigma_y))
+    found = marginals(heatmaps, (96, 128), sharpness=sharpness)
     for mine, theirs in zip(found, labels, strict=True):
         torch.testing.assert_close(mine.sum(-1), torch.ones(4, 17))
         assert (mine.argmax(-1) - theirs.argmax(-1)).abs().max() == 0
@@ -98,7 +99,9 @@ def test_marginals_of_gaussians_are_the_labels_that_a_simcc_student_would_get() 
 
 
 def test_marginals_of_nothing_are_nothing() -> None:
-    assert all(float(axis.abs().sum()) == 0 for axis in marginals(-torch.ones(1, 2, 4, 4), (32, 32), sharpness=4.0))
+    assert all(
+        float(axis.abs().sum()) == 0 for axis in marginals(-torch.ones(1, 2, 4, 4), (32, 32), sharpness=(4.0, 4.0))
+    )
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -187,6 +190,31 @@ def test_simcc_heads_go_on_networks_of_every_kind(arch: str) -> None:
     assert output.y.shape == (1, 5, 128)
     with pytest.raises(ModelError, match="built for images of 64 x 128"):
         model(torch.zeros(1, 3, 128, 128))
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0, 4.0])
+def test_a_simcc_student_equal_to_the_labels_has_nothing_to_learn_from_perfect_heatmaps(
+    temperature: float | None,
+) -> None:
+    size, keypoints = (64, 48), (12 + 24 * random_maps(4, 17, 2, seed=0)).div(4).round() * 4
+    heatmap_codec, codec = HeatmapCodec(size, (16, 12), 1.5), SimCCCodec(size)
+    visible = torch.ones(4, 17)
+    heatmaps, labels = heatmap_codec.encode(keypoints, visible)[0], codec.encode(keypoints, visible)[0]
+    batch = Batch(
+        crops=torch.zeros(4, *size, 3, dtype=torch.uint8), keypoints=keypoints, visible=visible,
+        centers=torch.zeros(4, 2), sizes=torch.ones(4, 2), rows=torch.arange(4),
+    )  # fmt: skip
+
+    class Perfect(torch.nn.Module):
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+            return (heatmaps,)
+
+    options = Distill(distance="kl", temperature=temperature)
+    distiller = Distiller(torch.nn.Identity(), Perfect(), codec, options=options, teacher_codec=heatmap_codec)
+    known = labels.map(lambda axis: axis.clamp(min=1e-30).log())
+    assert float(distiller.compare((known,), batch).kd) < 5e-3
+    shifted = known.map(lambda axis: axis.roll(6, -1))
+    assert float(distiller.compare((shifted,), batch).kd) > 0.5
 
 
 def test_mean_of_stages_is_their_mean() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -50,6 +51,12 @@ class Normalization:
         images = crops.permute(0, 3, 1, 2)
         if self.color == "bgr":
             images = images.flip(1)
-        mean = torch.tensor(self.mean, device=crops.device).mul(255).view(3, 1, 1)
-        std = torch.tensor(self.std, device=crops.device).mul(255).view(3, 1, 1)
+        mean, std = (_per_channel(values, crops.device) for values in (self.mean, self.std))
         return (images.float() - mean) / std
+
+
+@cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Once per device: copying numbers to a GPU waits for all that it has been given to do."""
+    with torch.inference_mode(False):  # a tensor made for a teacher has to serve its student too
+        return torch.tensor(values, device=device).mul(255).view(3, 1, 1)
