@@ -66,7 +66,10 @@ class Synthetic(Section):
 
 
 class Unlabelled(Section):
-    """People without labels, mixed into every batch; only the teacher says what is right for them."""
+    """People without labels, mixed into every batch; only the teacher says what is right for them.
+
+    Losses stay means over the whole batch: the labels' term shrinks with the share of those who have labels.
+    """
 
     shards: str  # written by `fpd-accel prepare`; their labels, if there are any, are not used
     boxes: str | None = (
@@ -105,6 +108,7 @@ class TeacherModel(Section):
     weights: str | None = None  # model folder, or .safetensors / .pth together with `arch`
     arch: str | None = None  # only for a bare weights file; a model folder knows its own
     color: Literal["rgb", "bgr"] = "rgb"  # likewise: channel order that it takes
+    codec: Codec = Codec()  # likewise: how it was trained to say where a keypoint is
     recipe: str | None = None  # trained first, with distill.mode=normal, when the weights do not exist yet
     overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
     compile: bool = False  # torch.compile; pays off on a GPU
@@ -286,8 +290,9 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
     return people / (recipe.train.global_batch * (1 - (unlabelled.share if unlabelled is not None else 0.0)))
 
 
-# Fields that leave the trained weights alone: they may change when a run is resumed. Data, teacher and initial weights
-# are compared by content, not by path, and the length of the run by the schedule it gives (see checkpoint.py).
+# Fields that leave the trained weights alone: they may change when a run is resumed. Data and teacher are compared by
+# content, not by path, and the length of the run by the schedule it gives (see run_directory.py); initial weights have
+# done their part.
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
     "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate",
@@ -454,7 +459,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
 def _objective_contradictions(recipe: Recipe) -> list[str]:
     """The same for what the codec, the losses and unlabelled people ask of each other."""
     mistakes = []
-    distill, simcc = recipe.distill, recipe.student.arch.endswith(SIMCC_SUFFIX)
+    distill, teacher, simcc = recipe.distill, recipe.teacher, recipe.student.arch.endswith(SIMCC_SUFFIX)
     if simcc != (recipe.codec.name == "simcc"):
         mistakes.append(
             f"codec.name: {recipe.codec.name!r} does not fit {recipe.student.arch!r}; codec simcc goes with an "
@@ -466,6 +471,10 @@ def _objective_contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.hard_keypoints: is for heatmaps; a SimCC student does without it")
     if distill.temperature is not None and distill.distance != "kl":
         mistakes.append("distill.temperature: goes with distill.distance=kl")
+    if simcc and (recipe.evaluate.refine is not None or recipe.evaluate.scales != (1.0,)):
+        mistakes.append("evaluate.refine, evaluate.scales: are for heatmaps; a SimCC student does without them")
+    if teacher.arch is not None and teacher.arch.endswith(SIMCC_SUFFIX) != (teacher.codec.name == "simcc"):
+        mistakes.append(f"teacher.codec.name: {teacher.codec.name!r} does not fit {teacher.arch!r}")
     if recipe.data.unlabelled is not None and distill.mode != "fpd":
         mistakes.append("data.unlabelled: needs a teacher, who alone says what is right for them: distill.mode=fpd")
     elif recipe.data.unlabelled is not None and distill.mask == "visible":
@@ -516,6 +525,18 @@ def _missing_files(recipe: Recipe) -> list[str]:
                 mistakes.append(
                     f"teacher.recipe: {teacher.recipe}: writes to {first.run.directory} too; change run.name"
                 )
+            if first.data.input_size != recipe.data.input_size:
+                mistakes.append(
+                    f"teacher.recipe: data.input_size is {list(first.data.input_size)} there, "
+                    f"{list(recipe.data.input_size)} here; both networks see the same crop"
+                )
+            if (first.codec.name == "udp") != (recipe.codec.name == "udp"):
+                mistakes.append(
+                    f"teacher.recipe: codec.name is {first.codec.name} there, {recipe.codec.name} here; udp lays its "
+                    "cells elsewhere than the others do"
+                )
+            if first.codec.name == "simcc" and recipe.codec.name != "simcc":
+                mistakes.append("teacher.recipe: codec.name is simcc there, from which heatmaps cannot be learnt")
             if first.train.precision != recipe.train.precision:
                 mistakes.append(
                     f"teacher.recipe: train.precision is {first.train.precision} there, {recipe.train.precision} here; "

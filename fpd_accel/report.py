@@ -175,7 +175,12 @@ def describe_model(name: str, config: ModelConfig) -> str:
 
 def protocol(shards: Shards, options: Evaluate) -> dict[str, Any]:
     """How people are found and counted: what has to be the same for two scores to be compared."""
-    record: dict[str, Any] = {"images": len(shards.images), "boxes": "ground truth", "people": len(shards)}
+    record: dict[str, Any] = {
+        "data_sha256": shards.annotated.fingerprint,
+        "images": len(shards.images),
+        "boxes": "ground truth",
+        "people": len(shards),
+    }
     if isinstance(shards, Detections):
         record |= {
             "boxes": shards.file.name,
@@ -183,7 +188,15 @@ def protocol(shards: Shards, options: Evaluate) -> dict[str, Any]:
             "images_with_boxes": shards.num_images,
             "skipped_boxes": shards.skipped,
         }
-    record |= {"flip_test": options.flip_test, "scales": list(options.scales), "nms": options.nms}
+    record |= {
+        "flip_test": options.flip_test,
+        "flip_shift": options.flip_shift,
+        "scales": list(options.scales),
+        "stages": options.stages,
+        "refine": options.refine or "codec",
+        "keypoint_threshold": options.keypoint_threshold,
+        "nms": options.nms,
+    }
     return record if options.nms == "none" else record | {"nms_threshold": options.nms_threshold}
 
 
@@ -203,9 +216,18 @@ def describe_protocol(shards: Shards, options: Evaluate) -> str:
         "none": "no NMS",
     }[options.nms]
     scales = "" if options.scales == (1.0,) else f", scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-    return (
-        f"{people}; flip test {'on' if options.flip_test else 'off'}{scales}, {suppression}{shards.skeleton.sigma_note}"
-    )
+    usual, chosen = Evaluate(), []
+    if options.flip_test and options.flip_shift != usual.flip_shift:
+        chosen.append("mirrored heatmaps not shifted")
+    if options.stages != usual.stages:
+        chosen.append(f"{options.stages} of the stages")
+    if options.refine is not None:
+        chosen.append(f"refinement {options.refine}")
+    if options.keypoint_threshold != usual.keypoint_threshold:
+        chosen.append(f"keypoints score from {options.keypoint_threshold:g}")
+    unusual = "".join(f", {choice}" for choice in chosen)
+    flip = f"flip test {'on' if options.flip_test else 'off'}"
+    return f"{people}; {flip}{scales}{unusual}, {suppression}{shards.skeleton.sigma_note}"
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import nn
 
-from fpd_accel.config import SIMCC_SUFFIX, Codec, Evaluate, Recipe, teacher_recipe, teacher_weights
+from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
@@ -26,7 +26,7 @@ from fpd_accel.report import Score, describe_model, describe_protocol, show_scor
 from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
 from fpd_accel.teacher import Teacher
 from fpd_accel.trainer import Trainer
-from fpd_accel.weights import WEIGHTS_NAME, load_weights
+from fpd_accel.weights import load_weights
 
 
 def create_accelerator(precision: str) -> Accelerator:
@@ -67,11 +67,11 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     """
     accelerator = accelerator or create_accelerator(recipe.train.precision)
     _draw_missing_data(recipe, accelerator)
+    train, valid = _open_data(recipe)
+    unlabelled = _open_unlabelled(recipe)
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
         _train_missing_teacher(recipe, accelerator)
     set_seed(recipe.run.seed)
-    train, valid = _open_data(recipe)
-    unlabelled = _open_unlabelled(recipe)
     student = _create_student(recipe, train.skeleton.num_keypoints)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
     hard = recipe.distill.hard_keypoints
@@ -85,14 +85,14 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
         recipe,
         data=train.fingerprint,
         unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
-        teacher=taught[1].state_dict() if taught else None,
+        teacher=(taught[0], taught[1].state_dict()) if taught else None,
     )
     checkpoint = find_checkpoint(recipe, resume)
     state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_recipe(recipe)
-        if taught is not None and not (recipe.run.directory / "teacher" / WEIGHTS_NAME).is_file():
+        if taught is not None and checkpoint is None:  # later it is known to be the same
             save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
     teacher = _freeze(taught, recipe, accelerator) if taught else None
     trainer = Trainer(
@@ -211,16 +211,15 @@ def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module
     model: nn.Module
     if path.is_dir():
         config, model = read_model_config(path), load_model(path)
+        if recipe.teacher.arch not in (None, config.arch):
+            raise ConfigError(f"teacher.arch: {recipe.teacher.arch}, but {path} is a {config.arch}; leave it out")
     else:
         assert recipe.teacher.arch is not None  # checked with the recipe
-        simcc = recipe.teacher.arch.endswith(SIMCC_SUFFIX)
         config = ModelConfig(
             arch=recipe.teacher.arch,
             skeleton=train.skeleton,
             input_size=recipe.data.input_size,
-            codec=recipe.codec
-            if simcc == (recipe.codec.name == "simcc")
-            else Codec(name="simcc" if simcc else "heatmap"),
+            codec=recipe.teacher.codec,
             normalization=Normalization(color=recipe.teacher.color),
         )
         model = config.create_model()

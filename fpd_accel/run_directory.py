@@ -13,6 +13,7 @@ from fpd_accel.checkpoint import newest_whole, read_state
 from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, steps_per_epoch, total_steps
 from fpd_accel.errors import CheckpointError
 from fpd_accel.log import say
+from fpd_accel.model_folder import ModelConfig
 from fpd_accel.optim import learning_rate, teacher_share
 
 RECIPE_NAME = "recipe.yaml"
@@ -29,16 +30,22 @@ PACKAGES = (
 
 
 def provenance(
-    recipe: Recipe, *, data: str, unlabelled: str | None, teacher: Mapping[str, Tensor] | None
+    recipe: Recipe, *, data: str, unlabelled: str | None, teacher: tuple[ModelConfig, Mapping[str, Tensor]] | None
 ) -> dict[str, Any]:
     """What ``state.json`` says beside the position: enough to refuse a resume that would not be one."""
     return {
         "data_sha256": data,
         "unlabelled_sha256": unlabelled,
-        "teacher_sha256": weights_digest(teacher) if teacher is not None else None,
+        "teacher_sha256": teacher_digest(*teacher) if teacher is not None else None,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+
+
+def teacher_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that decides what a teacher says: weights, pixels as it wants them, and what its outputs mean."""
+    meaning = config.model_dump_json(include={"arch", "input_size", "codec", "normalization"})
+    return hashlib.sha256(f"{meaning} {weights_digest(weights)}".encode()).hexdigest()
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -65,8 +72,14 @@ def find_checkpoint(recipe: Recipe, resume: str) -> Path | None:
                 f"{directory}: this run exists; continue it with --resume auto, or choose another run.name"
             )
         return None
-    read_state(Path(resume))
-    return Path(resume)
+    chosen = Path(resume)
+    read_state(chosen)
+    if chosen.resolve().parent != (directory / "checkpoints").resolve():
+        raise CheckpointError(
+            f"{chosen}: a checkpoint of another run than {directory}; --resume goes on with a run, under its own "
+            "run.name; to start a new run from that network, set student.weights to its best/ or final/ folder"
+        )
+    return chosen
 
 
 def check_resume(

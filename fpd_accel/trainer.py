@@ -80,6 +80,7 @@ class Trainer:
             normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
+        self.protocol = protocol(valid, recipe.evaluate) if valid is not None else {}  # what best_metrics hang on
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
 
@@ -98,6 +99,8 @@ class Trainer:
         with RunLog(
             self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard
         ) as self.log:
+            if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
+                self._evaluate()  # of a finished run, by another protocol than before
             batches = self._batches()
             self._train_mode()
             while self.step < self.total_steps:
@@ -164,8 +167,12 @@ class Trainer:
         restore_optimizer(self.bare, self.optimizer.optimizer, checkpoint / "optimizer.safetensors")
         if self.average is not None:
             self.average.module.load_state_dict(load_file(checkpoint / "student_ema.safetensors"), strict=True)
-        self.step, self.best_metrics = state["step"], state["best_metrics"]
-        self.best = self.best_metrics.get(self.selection, float("-inf"))
+        self.step = state["step"]
+        if state.get("protocol") == self.protocol:
+            self.best_metrics = state["best_metrics"]
+            self.best = self.best_metrics.get(self.selection, float("-inf"))
+        else:
+            say("evaluated otherwise than before: earlier scores do not count, best/ is chosen anew")
 
     def _batches(self) -> Iterator[Batch]:
         stream = PoseStream(
@@ -244,7 +251,7 @@ class Trainer:
             workers=self.recipe.data.workers,
             accelerator=self.accelerator,
         )
-        self.log.evaluation(metrics, self.step, protocol=protocol(self.valid_shards, self.recipe.evaluate))
+        self.log.evaluation(metrics, self.step, protocol=self.protocol)
         if metrics[self.selection] > self.best:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
@@ -259,7 +266,7 @@ class Trainer:
             source: dict[str, Any] = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
             source["valid"] = scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
             if scores and self.valid_shards is not None:
-                source["protocol"] = protocol(self.valid_shards, self.recipe.evaluate)
+                source["protocol"] = self.protocol
             config = self.model_config.model_copy(update={"source": source})
             save_model(self.directory / name, model.state_dict(), config)
 
@@ -276,6 +283,7 @@ class Trainer:
             state = {
                 "samples": self.samples,
                 "best_metrics": self.best_metrics,
+                "protocol": self.protocol,
                 "seed": self.recipe.run.seed,
                 "topology": {
                     "ranks": self.accelerator.num_processes,

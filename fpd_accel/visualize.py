@@ -1,6 +1,7 @@
 """Skeletons and heatmaps as pictures: RGB, uint8, (height, width, 3)."""
 
 import colorsys
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,13 +14,14 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpd_accel.codecs import PoseCodec
+from fpd_accel.codecs import PoseCodec, SimCCCodec
 from fpd_accel.data.batch import Batch
 from fpd_accel.decode import decode
 from fpd_accel.errors import DataError
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.skeleton import Skeleton
 
+FLAT_SIMCC = 0.05  # above the score of a distribution without a peak
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
@@ -75,7 +77,7 @@ def comparison(
     whole = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
     outputs = {name: (_on_host(output), codec) for name, (output, codec) in sources.items()}
     decoded = {name: decode(output, codec, middle, whole) for name, (output, codec) in outputs.items()}
-    maps = {name: _as_heatmaps(output) for name, (output, _) in outputs.items()}
+    maps = {name: _as_heatmaps(output, codec) for name, (output, codec) in outputs.items()}
     labelled = batch.visible.cpu().numpy() > 0
     rows = []
     for i, crop in enumerate(batch.crops[:people].cpu().numpy()):
@@ -83,7 +85,8 @@ def comparison(
         cells = []
         for name, heatmaps in maps.items():
             keypoints, scores = (part[i].numpy() for part in decoded[name])
-            shown = labelled[i] & (scores > 0)  # a target outside the crop is empty
+            least = FLAT_SIMCC if isinstance(outputs[name][1], SimCCCodec) else 0.0
+            shown = labelled[i] & (scores > least)  # a target outside the crop is empty
             cells += [
                 draw_skeleton(large, keypoints * zoom, shown, skeleton),
                 draw_heatmaps(large, heatmaps[i].numpy()),
@@ -100,13 +103,15 @@ def _on_host(output: Output) -> Output:
     return each(output, lambda tensor: tensor.detach().float().cpu())
 
 
-def _as_heatmaps(output: Output) -> Tensor:
-    """Heatmaps as they are; of SimCC's logits the product of both distributions, one cell per heatmap's, peak 1."""
+def _as_heatmaps(output: Output, codec: PoseCodec) -> Tensor:
+    """Heatmaps as they are; of SimCC's logits the product of both distributions, in units of its label's peak."""
     if not isinstance(output, SimCC):
         return output
-    x, y = (F.avg_pool1d(axis, STRIDE * BINS_PER_PIXEL) for axis in output.softmax())
-    product = y[..., :, None] * x[..., None, :]
-    return product / product.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12)
+    assert isinstance(codec, SimCCCodec)
+    peaks = (1 / (sigma * math.sqrt(2 * math.pi)) for sigma in codec.sigmas)
+    pairs = zip(output.softmax(), peaks, strict=True)
+    x, y = (F.avg_pool1d(axis, STRIDE * BINS_PER_PIXEL) / peak for axis, peak in pairs)
+    return (y[..., :, None] * x[..., None, :]).clamp(max=1.0)
 
 
 def save_picture(path: Path, picture: Picture) -> None:

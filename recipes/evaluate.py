@@ -36,6 +36,15 @@ def main() -> int:
     )
     parser.add_argument("--flip-test", action=argparse.BooleanOptionalAction, default=True, help="default: on")
     parser.add_argument(
+        "--flip-shift",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="move the mirrored heatmaps by one cell, as the published protocol does (default: on)",
+    )
+    parser.add_argument(
+        "--keypoint-threshold", type=float, default=0.2, help="a keypoint's least part in a score (default: 0.2)"
+    )
+    parser.add_argument(
         "--refine",
         choices=("none", "quarter", "dark"),
         help="step below a heatmap cell (default: the network's codec's)",
@@ -52,12 +61,16 @@ def main() -> int:
         parser.error("--batch is at least 1 and --workers at least 0")
     if not math.isfinite(arguments.box_threshold):
         parser.error("--box-threshold is a finite number")
+    if not 0 <= arguments.keypoint_threshold <= 1:
+        parser.error("--keypoint-threshold is from 0 to 1")
     if not 0 < arguments.nms_threshold <= 1:
         parser.error("--nms-threshold is above 0 and at most 1")
     if 1.0 not in arguments.scales or not all(0 < scale < math.inf for scale in arguments.scales):
         parser.error("--scales are positive numbers, 1 among them")
     options = Evaluate(
         scales=tuple(arguments.scales),
+        flip_shift=arguments.flip_shift,
+        keypoint_threshold=arguments.keypoint_threshold,
         refine=arguments.refine,
         stages=arguments.stages,
         flip_test=arguments.flip_test,

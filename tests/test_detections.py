@@ -505,14 +505,22 @@ def test_the_protocol_is_said_with_every_number(
 
 
 def test_the_record_says_which_boxes(shards: Shards, detections: Detections) -> None:
+    usual = {
+        "data_sha256": shards.fingerprint, "images": 6, "flip_shift": True, "scales": [1.0], "stages": "last",
+        "refine": "codec", "keypoint_threshold": 0.2,
+    }  # fmt: skip
     assert protocol(shards, Evaluate()) == {
-        "images": 6, "boxes": "ground truth", "people": len(shards), "flip_test": True, "scales": [1.0], "nms": "hard",
-        "nms_threshold": 0.9,
+        **usual, "boxes": "ground truth", "people": len(shards), "flip_test": True, "nms": "hard", "nms_threshold": 0.9,
     }  # fmt: skip
     assert protocol(detections, Evaluate(nms="none", flip_test=False)) == {
-        "images": 6, "boxes": "boxes.json", "people": 7, "box_threshold": 0.0, "images_with_boxes": 3,
-        "skipped_boxes": {}, "flip_test": False, "scales": [1.0], "nms": "none",
+        **usual, "boxes": "boxes.json", "people": 7, "box_threshold": 0.0, "images_with_boxes": 3, "skipped_boxes": {},
+        "flip_test": False, "nms": "none",
     }  # fmt: skip
+    unusual = Evaluate(flip_shift=False, stages="mean", refine="dark", keypoint_threshold=0.1)
+    assert (
+        "on, mirrored heatmaps not shifted, mean of the stages, refinement dark, keypoints score from 0.1, OKS"
+        in describe_protocol(shards, unusual)
+    )
     assert "ground-truth boxes; flip test on, OKS-NMS 0.9" in describe_protocol(shards, Evaluate())
     assert "flip test on, scales 1 1.2, OKS" in describe_protocol(shards, Evaluate(scales=(1.0, 1.2)))
     assert "no NMS" in describe_protocol(shards, Evaluate(nms="none"))

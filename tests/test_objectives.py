@@ -422,6 +422,11 @@ def test_every_codec_trains_evaluates_and_predicts(
         (["student.arch=tiny_w8_simcc", "codec.name=simcc", "distill.mode=fpd"], "takes distill.distance=kl"),
         (["student.arch=tiny_w8_simcc", "codec.name=simcc", "distill.hard_keypoints=3"], "distill.hard_keypoints"),
         (["distill.temperature=2"], "goes with distill.distance=kl"),
+        (
+            ["student.arch=tiny_w8_simcc", "codec.name=simcc", "evaluate.scales=[1, 1.2]"],
+            "evaluate.refine, evaluate.scales",
+        ),
+        (["teacher.arch=tiny_w16_simcc"], "teacher.codec.name: 'heatmap' does not fit 'tiny_w16_simcc'"),
         (["data.unlabelled={shards: nowhere}"], "data.unlabelled: needs a teacher"),
         (["data.unlabelled={shards: nowhere}", "distill.mode=fpd"], "distill.mask: 'visible' counts labelled"),
         (["data.unlabelled={shards: nowhere}"], "data.unlabelled.shards: nowhere: no prepared dataset there"),
@@ -455,3 +460,27 @@ def test_teachers_that_cannot_teach_the_student_are_refused(
     recipe = tiny_recipe(teacher={"weights": str(teacher_folder(*teacher))}, distill={"mode": "fpd"})
     with pytest.raises(ConfigError, match=message):
         train(recipe, *overrides)
+
+
+def test_a_teacher_that_will_not_fit_is_not_trained_first(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    teacher = tiny_recipe(file_name="teacher.yaml", run={"name": "teacher"})
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(
+            tiny_recipe(codec={"name": "udp"}, data={"input_size": [64, 128]}, teacher={"recipe": str(teacher)}),
+            ["distill.mode=fpd"],
+        )
+    assert "data.input_size is [64, 64] there, [64, 128] here" in str(caught.value)
+    assert "codec.name is heatmap there, udp here" in str(caught.value)
+
+
+def test_a_bare_teacher_file_is_what_the_recipe_says(
+    tiny_recipe: Callable[..., Path], teacher_folder: Callable[..., Path]
+) -> None:
+    weights = str(teacher_folder("tiny_w16", "heatmap") / "model.safetensors")
+    values = {"teacher": {"weights": weights, "arch": "tiny_w16"}, "distill": {"mode": "fpd"}, "train": {"steps": 1}}
+    with pytest.raises(ConfigError, match="udp lays its cells elsewhere"):
+        train(tiny_recipe(codec={"name": "udp"}, **values))
+    train(tiny_recipe(codec={"name": "udp"}, **values), "teacher.codec.name=udp")
+    folder = teacher_folder("tiny_w16", "heatmap")
+    with pytest.raises(ConfigError, match=r"teacher\.arch: tiny_w32, but .* is a tiny_w16"):
+        train(tiny_recipe(**values), f"teacher.weights={folder}", "teacher.arch=tiny_w32", "run.name=x")

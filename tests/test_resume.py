@@ -93,6 +93,45 @@ def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilling: Callable[[str
     assert_same_end(tmp_path / "whole", tmp_path / "named")
 
 
+def test_checkpoint_of_another_run_is_refused(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+    from fpd_accel.run import run
+
+    train(distilling("first"))
+    other = distilling("other")
+    with pytest.raises(CheckpointError, match="of another run"):
+        run(load_recipe(other, ["run.seed=5"]), resume=str(tmp_path / "first" / "checkpoints" / "step_00000012"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_scores_of_another_protocol_do_not_count(
+    distilling: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = distilling("run"), tmp_path / "run"
+    train(recipe)
+    assert json.loads((folder / "best" / "config.json").read_text())["source"]["protocol"]["flip_test"] is True
+    evaluations = (folder / "metrics.jsonl").read_text().count('"kind": "valid"')
+    capsys.readouterr()
+    train(recipe, "evaluate.flip_test=false")
+    assert "earlier scores do not count" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_text().count('"kind": "valid"') == evaluations + 1
+    source = json.loads((folder / "best" / "config.json").read_text())["source"]
+    assert (source["step"], source["protocol"]["flip_test"]) == (12, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"normalization": {"color": "bgr"}}, {"codec": {"name": "heatmap", "sigma": 3.0}}, {"codec": {"name": "dark"}}],
+)
+def test_teacher_who_means_something_else_by_the_same_weights_is_another(
+    change: dict, distilling: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe, description = distilling("run"), tmp_path / "teacher" / "config.json"
+    train(recipe, "train.steps=3", "optim.schedule=constant")
+    description.write_text(json.dumps({**json.loads(description.read_text()), **change}))
+    with pytest.raises(CheckpointError, match="the teacher is not what this run was begun with"):
+        train(recipe, "train.steps=6", "optim.schedule=constant")
+
+
 def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
