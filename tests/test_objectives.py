@@ -15,6 +15,7 @@ from fpd_accel import Distiller, create_model
 from fpd_accel.codecs import HeatmapCodec, SimCCCodec
 from fpd_accel.config import Augment, Distill, load_recipe
 from fpd_accel.data import Batch, PoseStream, Shards
+from fpd_accel.decode import accuracy
 from fpd_accel.errors import CheckpointError, ConfigError, DataError, ModelError
 from fpd_accel.losses import heatmap_kl, heatmap_mse, heatmap_ohkm, marginals, simcc_kl
 from fpd_accel.outputs import SimCC, mean_output
@@ -484,3 +485,38 @@ def test_a_bare_teacher_file_is_what_the_recipe_says(
     folder = teacher_folder("tiny_w16", "heatmap")
     with pytest.raises(ConfigError, match=r"teacher\.arch: tiny_w32, but .* is a tiny_w16"):
         train(tiny_recipe(**values), f"teacher.weights={folder}", "teacher.arch=tiny_w32", "run.name=x")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("arch", "codec", "distance"),
+    [
+        ("tiny_w8", "heatmap", "mse"),
+        ("tiny_w8", "dark", "kl"),
+        ("tiny_w8", "udp", "mse"),
+        ("tiny_w8_simcc", "simcc", "kl"),
+    ],
+)
+def test_the_objective_never_waits_for_the_gpu(arch: str, codec: str, distance: str) -> None:
+    from fpd_accel.codecs import create_codec
+    from fpd_accel.config import Codec
+    from fpd_accel.teacher import Teacher
+
+    student = create_model(arch, 17, input_size=(64, 64)).cuda()
+    teacher = Teacher(create_model("tiny_w16", 17), device="cuda")
+    teacher_codec = CODEC if codec == "simcc" else None
+    distiller = Distiller(
+        student, teacher, create_codec(Codec(name=codec), (64, 64)), mask="confident",
+        options=Distill(distance=distance), teacher_codec=teacher_codec,
+    )  # fmt: skip
+    batch = random_batch().to("cuda")
+    distiller(batch).total.backward()  # the first time, constants are copied
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = distiller(batch)
+        losses.total.backward()
+        accuracy(losses.predicted, losses.target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
