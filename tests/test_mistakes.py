@@ -494,7 +494,7 @@ def test_an_impossible_batch_is_refused(terminal: Terminal) -> None:
         (["images/a.jpg", "--boxes", "number.json"], "number.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "long.json"], "long.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "nested.json"], "nested.json: not readable as JSON"),
-        (["images/a.jpg", "--output", "people.json"], "people.json/a.png: cannot be written: Not a directory"),
+        (["images/a.jpg", "--output", "people.json"], "people.json/a.png: cannot be written: File exists"),
         (["images/a.jpg", "--output", "taken"], "taken/keypoints.json: cannot be written: Is a directory"),
         (["images/a.jpg", "--boxes", "unnamed.json"], "unnamed.json: its boxes have no file_name"),
         (["images/a.jpg", "--boxes", "empty.json"], "empty.json: an empty list"),
