@@ -224,21 +224,23 @@ def _import_config(arguments: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from fpd_accel.predict import Predictor, read_image, whole_image
+    from fpd_accel.files import write_whole
+    from fpd_accel.predict import Predictor, overlay_paths, read_image, whole_image
     from fpd_accel.visualize import save_picture
 
     boxes = _read_boxes(arguments.boxes) if arguments.boxes is not None else None
+    overlays = overlay_paths(arguments.images, arguments.output)
     predictor = Predictor(arguments.model, device=arguments.device)
     people = []
-    for path in arguments.images:
+    for path, overlay in overlays.items():
         image = read_image(path)
         own = [whole_image(image)] if boxes is None else boxes.get(path.name, [])
         poses = predictor(image, np.asarray(own, dtype=np.float64).reshape(-1, 4))
-        save_picture(arguments.output / f"{path.stem}.png", predictor.draw(image, poses))
+        save_picture(overlay, predictor.draw(image, poses))
         for box, keypoints, scores in zip(own, poses.keypoints, poses.scores, strict=True):
             triples = np.concatenate([keypoints, scores[:, None]], axis=1)
             people.append({"file_name": path.name, "bbox": list(box), "keypoints": triples.round(3).ravel().tolist()})
-    (arguments.output / "keypoints.json").write_text(json.dumps(people), encoding="utf-8")
+    write_whole(arguments.output / "keypoints.json", json.dumps(people))
     say(f"{arguments.output}: {len(people)} people in {len(arguments.images)} images")
 
 
@@ -269,16 +271,18 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
+    from fpd_accel.data.detections import is_finite
+
     try:
         boxes = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
     if isinstance(boxes, list):
         return _detected_boxes(path)
     if not isinstance(boxes, dict) or any(
-        not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box)
+        not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box))
         for entry in boxes.values()
-        for box in entry
+        for box in (entry if isinstance(entry, list) else [None])
     ):
         raise DataError(f"{path}: wanted a mapping from file name to a list of [x, y, width, height]")
     return boxes

@@ -20,6 +20,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights, fas
 from fpd_accel.data.detections import PERSON
 from fpd_accel.data.shards import decode_image
 from fpd_accel.errors import DataError, WeightsError
+from fpd_accel.files import prepare_file, write_whole
 from fpd_accel.log import console, track, warn
 from fpd_accel.weights import load_weights
 
@@ -48,21 +49,14 @@ def detect_people(
         batch: images per forward; smaller ones are padded to the largest, which moves their boxes a little.
 
     Raises:
-        UserError: folder, annotations, weights or device cannot be used, or no image can be read.
+        UserError: folder, annotations, weights or device cannot be used, no image can be read, or ``output`` cannot be
+            written.
     """
     folder, output = Path(folder), Path(output)
     images = list_images(folder, annotations)
-    if output.is_dir():
-        raise DataError(f"{output}: is a folder; --output is the JSON file to write")
-    detector = load_detector(weights, device=device, threshold=threshold)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)  # before the long part
-    except OSError as error:
-        raise DataError(f"{output.parent}: cannot be made: {error.strerror}") from None
-    boxes = find_boxes(detector, folder, images, batch=batch)
-    staged = output.with_name(f".{output.name}.{os.getpid()}")
-    staged.write_text(json.dumps(boxes), encoding="utf-8")
-    staged.replace(output)
+    prepare_file(output)
+    boxes = find_boxes(load_detector(weights, device=device, threshold=threshold), folder, images, batch=batch)
+    write_whole(output, json.dumps(boxes))
     return boxes
 
 

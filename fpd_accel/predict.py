@@ -87,10 +87,32 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such image")
-    pixels = decode_image(path.read_bytes())
+    try:
+        pixels = decode_image(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if pixels is None:
         raise DataError(f"{path}: not an image that can be decoded")
     return pixels
+
+
+def overlay_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Image -> the PNG in ``folder`` that will show its people, once every image has been proven to decode.
+
+    Raises:
+        DataError: an image cannot be read, or its overlay would take the place of another's, or its own.
+    """
+    overlays: dict[Path, Path] = {}
+    for path in images:
+        overlay = folder / f"{path.stem}.png"
+        for other, taken in overlays.items():
+            if taken == overlay:
+                raise DataError(f"{other} and {path} would both be drawn to {overlay}; give them in two commands")
+        if overlay.resolve() == path.resolve():
+            raise DataError(f"{path}: its overlay would replace it; choose another output folder")
+        read_image(path)
+        overlays[path] = overlay
+    return overlays
 
 
 def whole_image(image: UInt8[np.ndarray, "height width 3"]) -> Sequence[float]:

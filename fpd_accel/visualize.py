@@ -2,9 +2,7 @@
 
 import colorsys
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 from fpd_accel.codecs import PoseCodec, SimCCCodec
 from fpd_accel.data.batch import Batch
 from fpd_accel.decode import decode
-from fpd_accel.errors import DataError
+from fpd_accel.files import write_whole
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.skeleton import Skeleton
 
@@ -121,12 +119,4 @@ def save_picture(path: Path, picture: Picture) -> None:
         DataError: the file cannot be written.
     """
     encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(encoded.tobytes())
-        staged.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            staged.unlink()
-        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
+    write_whole(path, encoded.tobytes())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fpd_accel.config import Evaluate
 from fpd_accel.errors import UserError
+from fpd_accel.files import prepare_file, write_whole
 from fpd_accel.log import fail
 
 
@@ -81,6 +82,8 @@ def main() -> int:
         nms_threshold=arguments.nms_threshold,
     )
     try:
+        if arguments.output is not None:
+            prepare_file(arguments.output)
         from fpd_accel.run import evaluate_folder
 
         score, people = evaluate_folder(
@@ -91,8 +94,7 @@ def main() -> int:
             precision=arguments.precision,
         )
         if arguments.output is not None and score is not None:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(people), encoding="utf-8")
+            write_whole(arguments.output, json.dumps(people))
     except UserError as error:
         return fail(error)
     return 0

@@ -15,11 +15,13 @@ from fpd_accel import cli
 from fpd_accel.check import Report, check_shards, choose_people, contact_sheet, read_labels
 from fpd_accel.check.anatomy import check_skeleton
 from fpd_accel.check.people import repeated_images
-from fpd_accel.check.proof import prove
-from fpd_accel.check.sheet import CAPTION, CELL, COLUMNS
+from fpd_accel.check.proof import prove, similar_people
+from fpd_accel.check.sheet import CAPTION, CELL, COLUMNS, Choice
 from fpd_accel.config import Evaluate
+from fpd_accel.data import coco, mpii
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards, ShardWriter
+from fpd_accel.geometry import box_to_region, clip_box
 from fpd_accel.metrics import average_precision
 from fpd_accel.model_folder import ModelConfig, read_model_config, save_model
 from fpd_accel.models import create_model
@@ -40,6 +42,7 @@ class Dataset:
         shards = Shards(source)
         people = shards.people[:]
         self.folder, self.skeleton, self.skipped = folder, shards.skeleton, dict(shards.description["skipped"])
+        self.clip_boxes = True
         self.images: list[Record] = [dict(image) for image in shards.images]
         self.people: list[Record] = [{name: column[i] for name, column in people.items()} for i in range(PEOPLE)]
         for person in self.people:
@@ -61,7 +64,7 @@ class Dataset:
         return int(self.people[-1]["id"])
 
     def write(self) -> Shards:
-        with ShardWriter(self.folder / "shards", self.skeleton) as writer:
+        with ShardWriter(self.folder / "shards", self.skeleton, clip_boxes=self.clip_boxes) as writer:
             writer.write_images(iter(self.images))
             writer.write_people(
                 {**person, "keypoints": np.asarray(person["keypoints"], np.float32).reshape(-1)}
@@ -282,6 +285,13 @@ def prepare_left_something_out(data: Dataset) -> None:
     data.skipped = {"image_missing": 4, "duplicate_id": 1, "image_empty": 7}
 
 
+def test_reasons_of_either_form_of_annotations_are_said_in_words(dataset: Dataset) -> None:
+    dataset.skipped = {"duplicate_id": 1, "duplicate_person": 2}
+    words = [finding.message for finding in dataset.check().findings]
+    assert words == [f"prepare left out {count} {(coco.SKIPPED | mpii.SKIPPED)[reason]}"
+                     for reason, count in dataset.skipped.items()]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", SPOILED)
 def test_what_is_wrong_is_found_and_counted(dataset: Dataset, name: str) -> None:
     spoil, expected = SPOILED[name]
@@ -480,6 +490,30 @@ def test_the_sheet_shows_people_with_their_sides_in_colour(drawn: Path) -> None:
         assert (cell == colors[joint]).all(axis=-1).any(), COCO.keypoints[joint]
         assert (sheet[:legend] == colors[joint]).all(axis=-1).any()
     assert (sheet[-CELL[0] - CAPTION :, -CELL[1] :] == 255).all()  # nobody is left for the last cells
+
+
+@pytest.mark.parametrize("clip_boxes", [True, False])
+def test_people_are_shown_and_measured_as_they_are_cropped(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, clip_boxes: bool
+) -> None:
+    dataset.clip_boxes = clip_boxes
+    image = dataset.images[dataset.people[0]["image_row"]]
+    box = np.array([-300, -200, image["width"] + 600, image["height"] + 500], np.float32)
+    dataset.people[0]["box"] = box
+    shards, shown, measured = dataset.write(), [], []
+    labels = read_labels(shards)
+    expected = clip_box(box, image["width"], image["height"]) if clip_boxes else box
+
+    def spy(boxes: list[Any]) -> Callable[..., Any]:
+        return lambda box, *size, **padding: (boxes.append(box), box_to_region(box, *size, **padding))[1]
+
+    monkeypatch.setattr("fpd_accel.check.sheet.box_to_region", spy(shown))
+    monkeypatch.setattr("fpd_accel.check.proof.box_to_region", spy(measured))
+    contact_sheet(shards, labels, [Choice(0)])
+    similar_people(shards, labels)
+    np.testing.assert_allclose(shown[0], expected)
+    first = np.argsort(labels.image_ids, kind="stable").tolist().index(0)
+    np.testing.assert_allclose(measured[0][first], expected)
 
 
 def test_people_are_spread_over_the_dataset_and_those_with_findings_come_first(dataset: Dataset) -> None:

@@ -379,7 +379,7 @@ def test_what_cannot_be_right_is_refused_and_nothing_is_written(source: Source, 
 
 
 def test_a_file_that_is_no_json_is_refused(source: Source) -> None:
-    for content in (b'{"images": [', b"\xff\xfe\x00", b""):
+    for content in (b'{"images": [', b"\xff\xfe\x00", b"", b"[" * 10**6, b'{"images": ' + b"9" * 5000 + b"}"):
         source.annotations.write_bytes(content)
         assert "people.json: not readable as JSON" in source.refusal_as_it_is()
     source.annotations.write_text("[]", encoding="utf-8")
@@ -400,6 +400,27 @@ def test_an_output_that_exists_is_refused_and_kept(source: Source) -> None:
     before = (source.output / "dataset.json").read_bytes()
     assert "shards: exists; remove it or choose another output" in source.refusal()
     assert (source.output / "dataset.json").read_bytes() == before
+
+
+def test_an_output_that_cannot_be_made_is_refused(source: Source) -> None:
+    source.output = source.annotations / "shards"
+    assert "people.json/shards: cannot be made: Not a directory" in source.refusal()
+
+
+def test_an_output_that_appears_meanwhile_is_kept(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def taken(path: Path) -> bytes:
+        if path.name == "b.jpg":
+            source.output.mkdir()
+            (source.output / "another").touch()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", taken)
+    with pytest.raises(DataError, match="shards: cannot be made: Directory not empty"):
+        source.prepare()
+    assert sorted(path.name for path in source.folder.iterdir()) == ["images", "people.json", "shards"]
+    assert [path.name for path in source.output.iterdir()] == ["another"]
 
 
 def test_a_failure_on_the_way_leaves_nothing_behind(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,6 +262,21 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_boxes_that_cannot_be_written_in_the_end_are_refused_whole(
+    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "boxes.json"
+
+    def look(*_: object, **__: object) -> list[Any]:
+        output.mkdir()  # in the meantime
+        return []
+
+    monkeypatch.setattr("fpd_accel.detect.find_boxes", look)
+    assert cli.main(["detect", str(folder), "--output", str(output), "--weights", str(weights)]) == 2
+    assert "boxes.json: cannot be written: Is a directory" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [output]
+
+
 # --- at the command line ----------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "fpd_accel"
 LAYERS = [
     {"errors"},
     {"config", "skeleton"},
-    {"geometry", "log", "legacy", "outputs", "yacs"},
+    {"files", "geometry", "log", "legacy", "outputs", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "scoring", "checkpoint", "report"},

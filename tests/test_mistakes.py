@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -452,6 +453,31 @@ def test_an_impossible_protocol_is_refused(terminal: Terminal, arguments: list[s
     assert words in terminal.refuses("evaluate", "--model", "a", "--data", "b", *arguments)
 
 
+@pytest.mark.parametrize(
+    ("output", "words"), [("folder", "folder: is a folder"), ("file/people.json", "file: cannot be made: File exists")]
+)
+def test_where_people_cannot_be_written_nothing_is_evaluated(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("fpd_accel.run.evaluate_folder", lambda *_, **__: pytest.fail("evaluated"))
+    assert words in terminal.refuses("evaluate", "--model", "a", "--data", "b", "--output", tmp_path / output)
+
+
+def test_people_are_written_whole_or_not_at_all(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpd_accel.run.evaluate_folder", lambda *_, **__: (object(), [{"image_id": 1}]))
+    output = tmp_path / "new" / "people.json"
+    assert terminal("evaluate", "--model", "a", "--data", "b", "--output", output)[0] == 0
+    monkeypatch.setattr("fpd_accel.run.evaluate_folder", lambda *_, **__: (object(), []))
+    (tmp_path / "new" / f".people.json.{os.getpid()}").mkdir()  # in the way of the temporary name
+    message = terminal.refuses("evaluate", "--model", "a", "--data", "b", "--output", output)
+    assert "people.json: cannot be written: Is a directory" in message
+    assert json.loads(output.read_bytes()) == [{"image_id": 1}]
+
+
 def test_an_impossible_batch_is_refused(terminal: Terminal) -> None:
     assert "--batch is at least 1" in terminal.refuses("evaluate", "--model", "a", "--data", "b", "--batch", 0)
 
@@ -465,6 +491,11 @@ def test_an_impossible_batch_is_refused(terminal: Terminal) -> None:
         (["images/a.jpg", "--boxes", "people.json"], "people.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "flat.json"], "flat.json: wanted a mapping from file name to a list"),
         (["images/a.jpg", "--boxes", "words.json"], "words.json"),
+        (["images/a.jpg", "--boxes", "number.json"], "number.json: wanted a mapping from file name to a list"),
+        (["images/a.jpg", "--boxes", "long.json"], "long.json: wanted a mapping from file name to a list"),
+        (["images/a.jpg", "--boxes", "nested.json"], "nested.json: not readable as JSON"),
+        (["images/a.jpg", "--output", "people.json"], "people.json/a.png: cannot be written: File exists"),
+        (["images/a.jpg", "--output", "taken"], "taken/keypoints.json: cannot be written: Is a directory"),
         (["images/a.jpg", "--boxes", "unnamed.json"], "unnamed.json: its boxes have no file_name"),
         (["images/a.jpg", "--boxes", "empty.json"], "empty.json: an empty list"),
         (["images/a.jpg", "--boxes", "thin.json"], "positive width and height"),
@@ -484,12 +515,38 @@ def test_predicting_with_what_is_not_there_is_refused(
     monkeypatch.chdir(folder)
     (folder / "flat.json").write_text('{"a.jpg": [1, 2, 3, 4]}', encoding="utf-8")
     (folder / "words.json").write_text('{"a.jpg": [["x", "y", "w", "h"]]}', encoding="utf-8")
+    (folder / "number.json").write_text('{"a.jpg": 5}', encoding="utf-8")
+    (folder / "long.json").write_text(json.dumps({"a.jpg": [[1, 2, 3, 10**400]]}), encoding="utf-8")
+    (folder / "nested.json").write_text("[" * 10**6, encoding="utf-8")
+    (folder / "taken" / "keypoints.json").mkdir(parents=True)
     (folder / "thin.json").write_text('{"a.jpg": [[1, 2, 0, 4]]}', encoding="utf-8")
     detection = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}
     (folder / "unnamed.json").write_text(json.dumps([detection]), encoding="utf-8")
     (folder / "empty.json").write_text("[]", encoding="utf-8")
-    message = terminal.refuses("fpd-accel", "predict", *arguments, "--model", model_folder(), "--output", "out")
+    message = terminal.refuses("fpd-accel", "predict", "--output", "out", *arguments, "--model", model_folder())
     assert words in message
+    assert not list(folder.rglob(".*"))  # nothing staged is left
+
+
+@pytest.mark.parametrize(
+    ("images", "output", "words"),
+    [
+        (["a.jpg", "missing.jpg"], "out", "missing.jpg: no such image"),
+        (["a.jpg", "other/a.png"], "out", "a.jpg and other/a.png would both be drawn to out/a.png"),
+        (["a.jpg", "a.jpg"], "out", "would both be drawn"),
+        (["other/a.png"], "other", "other/a.png: its overlay would replace it"),
+    ],
+)
+def test_images_are_looked_at_before_anything_is_predicted(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[str], output: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for name in ("a.jpg", "other/a.png"):
+        cv2.imwrite(name, np.full((40, 30, 3), 128, dtype=np.uint8))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert words in terminal.refuses("fpd-accel", "predict", *images, "--model", "none", "--output", output)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 def test_what_was_detected_can_be_predicted_on(

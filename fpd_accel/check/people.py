@@ -8,13 +8,14 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from fpd_accel.check.labels import Finding, Labels, Severity
-from fpd_accel.data.coco import SKIPPED
+from fpd_accel.data import coco, mpii
 from fpd_accel.data.shards import Shards
 from fpd_accel.log import track
 
 SYSTEMATIC = 0.05  # share of the usable people above which a mistake is taken for one of the conversion: an error
 TOLERANCE = 1.0  # pixels that a box or keypoint may leave the image by, as rounding makes it
 FAR = 0.5  # of the box's longer side: a labelled keypoint further outside the box belongs to somebody else
+SKIPPED = mpii.SKIPPED | coco.SKIPPED  # reason -> words, of either form of annotations
 SAMPLED = 1024  # bytes from the middle of a file that tell most different files apart
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from fpd_accel.check.labels import Finding, Labels
 from fpd_accel.config import Evaluate
 from fpd_accel.data.shards import Shards
-from fpd_accel.geometry import box_to_region, clip_box
+from fpd_accel.geometry import box_to_region
 from fpd_accel.log import track
 from fpd_accel.metrics import average_precision
 from fpd_accel.scoring import ground_truth, ground_truth_predictions, results
@@ -59,7 +59,7 @@ class Proof:
 
 def prove(shards: Shards, labels: Labels, *, sample: int = SAMPLE) -> Proof:
     """Predict the labels of every image that could lose somebody, and of others up to ``sample`` people."""
-    pairs = similar_people(labels)
+    pairs = similar_people(shards, labels)
     images = _chosen(labels, _at_risk(labels, pairs), max(sample, 1))
     score = _score(shards, labels, images)
     lost: list[Lost] = []
@@ -87,13 +87,13 @@ def check_proof(proof: Proof) -> list[Finding]:
     return [Finding("error" if severe else "warning", "ground_truth_below_one", text, len(proof.lost), ids)]
 
 
-def similar_people(labels: Labels) -> dict[tuple[int, int], str]:
+def similar_people(shards: Shards, labels: Labels) -> dict[tuple[int, int], str]:
     """Pairs of usable rows of one image that the evaluation may confuse -> why, in words."""
     rows = np.flatnonzero(labels.usable)
     rows = rows[np.argsort(labels.image_ids[rows], kind="stable")]
     images = labels.image_ids[rows]
-    clipped = clip_box(labels.boxes[rows], labels.widths[rows], labels.heights[rows])
-    regions = box_to_region(clipped, INPUT_SIZE, padding=PADDING)[1].prod(axis=1)
+    boxes = shards.box_to_crop(labels.boxes[rows], width=labels.widths[rows], height=labels.heights[rows])
+    regions = box_to_region(boxes, INPUT_SIZE, padding=PADDING)[1].prod(axis=1)
     middle = (labels.boxes[rows, :2] + labels.boxes[rows, 2:] / 2)[:, None]
     shown = labels.labelled[rows]
     points = np.where(shown[..., None], labels.keypoints[rows], middle)  # as the labels are predicted

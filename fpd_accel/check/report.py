@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from fpd_accel.check.statistics import (
 )
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
+from fpd_accel.files import write_whole
 from fpd_accel.log import results
 from fpd_accel.skeleton import Skeleton
 
@@ -122,15 +121,7 @@ def write_json(report: Report, path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        staged.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            staged.unlink()
-        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
+    write_whole(path, json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
 
 
 def show_report(report: Report) -> None:

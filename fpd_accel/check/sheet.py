@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from fpd_accel.check.labels import Finding, Labels
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, transform_points
+from fpd_accel.geometry import box_to_region, crop_matrix, transform_points
 from fpd_accel.log import track
 from fpd_accel.skeleton import Skeleton
 from fpd_accel.visualize import draw_skeleton, keypoint_colors
@@ -68,7 +68,7 @@ def _cell(shards: Shards, labels: Labels, choice: Choice) -> UInt8[np.ndarray, "
     pixels = decode_image(picture["bytes"])
     if pixels is None:
         raise DataError(f"{shards.path}: image {picture['file_name']} no longer decodes; prepare it again")
-    box = clip_box(labels.boxes[row], int(labels.widths[row]), int(labels.heights[row]))
+    box = shards.box_to_crop(labels.boxes[row], width=int(labels.widths[row]), height=int(labels.heights[row]))
     center, size = box_to_region(box, CELL, padding=PADDING)
     matrix = crop_matrix(center, float(size[0]), CELL)
     crop = cv2.warpAffine(pixels, matrix, CELL[::-1], flags=cv2.INTER_LINEAR, borderValue=OUTSIDE)

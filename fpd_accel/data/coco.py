@@ -91,7 +91,7 @@ def read_annotations(path: Path) -> Any:
         raise DataError(f"{path}: no such annotation file")
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Float64, Int64
 
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
+from fpd_accel.geometry import Side
 
 PERSON = 1  # COCO's number of the category
 SKIPPED = {
@@ -66,17 +67,21 @@ def _problem(entry: Any) -> str | None:
     for name in ("image_id", "category_id"):
         if not isinstance(entry[name], int) or isinstance(entry[name], bool):
             return f"{name} is {entry[name]!r}, not an integer"
-    if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4 or not all(map(_is_finite, entry["bbox"])):
+    if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4 or not all(map(is_finite, entry["bbox"])):
         return f"bbox is {entry['bbox']!r}, not four finite numbers (x, y, width, height)"
-    if not _is_finite(entry["score"]):
+    if not is_finite(entry["score"]):
         return f"score is {entry['score']!r}, not a finite number"
     if not isinstance(entry.get("file_name", ""), str):
         return f"file_name is {entry['file_name']!r}, not a name"
     return None
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that floating point can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 class People:
@@ -197,6 +202,6 @@ class Detections(Shards):
         content = f"{super().fingerprint} {self.threshold} {hashlib.sha256(self.file.read_bytes()).hexdigest()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def box_to_crop(self, box: np.ndarray, *, width: int, height: int) -> np.ndarray:  # noqa: ARG002
+    def box_to_crop(self, box: np.ndarray, *, width: Side, height: Side) -> np.ndarray:  # noqa: ARG002
         """The box as the detector gave it."""
         return box

@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as Sequence
 
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import clip_box
+from fpd_accel.geometry import Side, clip_box
 from fpd_accel.skeleton import Skeleton
 
 FORMAT = 2  # since 2 people may have head sizes, and boxes that are not cut to the image
@@ -139,8 +139,11 @@ class Shards:
         """Whether usable people have a ``head_size``, so that PCKh can be measured."""
         return self.description["counts"].get("head_sizes", 0) > 0
 
-    def box_to_crop(self, box: np.ndarray, *, width: int, height: int) -> np.ndarray:
-        """The box around which an image of this size is cropped: cut to the image, unless the dataset has it as is."""
+    def box_to_crop(self, box: np.ndarray, *, width: Side, height: Side) -> np.ndarray:
+        """The box around which an image of this size is cropped: cut to the image, unless the dataset has it as is.
+
+        Boxes of several images go with the width and height of each.
+        """
         return clip_box(box, width, height) if self.description.get("clip_boxes", True) else box
 
     @property
@@ -159,7 +162,8 @@ class ShardWriter:
     have a ``head_size``. ``images_alone``: there may be nobody in them.
 
     Raises:
-        DataError: ``output`` exists, or no usable person was written although there may not be images alone.
+        DataError: ``output`` exists or cannot be made, or no usable person was written although there may not be
+            images alone.
     """
 
     def __init__(
@@ -185,7 +189,10 @@ class ShardWriter:
         self.unused: dict[str, int] = {}
 
     def __enter__(self) -> "ShardWriter":
-        self.staging.mkdir(parents=True)
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"{self.output}: cannot be made: {error.strerror}; choose another output") from None
         return self
 
     def __exit__(
@@ -248,7 +255,10 @@ class ShardWriter:
             "skeleton": self.skeleton.model_dump(mode="json"),
         }
         (self.staging / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        self.staging.rename(self.output)
+        try:
+            self.staging.rename(self.output)
+        except OSError as error:
+            raise DataError(f"{self.output}: cannot be made: {error.strerror}; choose another output") from None
 
     def _save(self, name: str, records: Iterator[dict[str, Any]], features: Features) -> None:
         cache = self.staging / "cache"

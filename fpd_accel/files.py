@@ -1,0 +1,38 @@
+"""Files that a command writes for a person: whole or not at all, and refused before the long part where they can be."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from fpd_accel.errors import DataError
+
+
+def prepare_file(path: Path) -> None:
+    """Make the folder of a file that a long computation will write.
+
+    Raises:
+        DataError: ``path`` is a folder, or its own folder cannot be made.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; --output is the JSON file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path.parent}: cannot be made: {error.strerror}") from None
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, under a temporary name that becomes its own; make its folder.
+
+    Raises:
+        DataError: the file cannot be written; nothing of it is left behind.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink()
+        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
