@@ -323,9 +323,9 @@ def test_masked_autoencoder_starts_a_vitpose_with_its_positions_resized(tmp_path
     timm = pytest.importorskip("timm")
     from timm.layers import resample_abs_pos_embed
 
-    theirs = randomise(partial(timm.models.VisionTransformer, embed_dim=384, depth=12, num_heads=12, num_classes=10))
+    theirs = randomise(partial(timm.models.VisionTransformer, embed_dim=768, depth=12, num_heads=12, num_classes=10))
     torch.save({"model": theirs.state_dict()}, tmp_path / "mae.pth")
-    ours = create_model("vitpose_s", 17)
+    ours = create_model("vitpose_b", 17)
     line = load_backbone(ours, tmp_path / "mae.pth")
     assert "3 of classification left out" in line  # class token, and the classifier's weight and bias
     assert "resized from 14 x 14 patches" in line
@@ -335,6 +335,15 @@ def test_masked_autoencoder_starts_a_vitpose_with_its_positions_resized(tmp_path
             assert torch.equal(tensor, stored[name.replace("last_norm", "norm")]), name
     truth = resample_abs_pos_embed(stored["pos_embed"], (16, 12), (14, 14), antialias=False)
     torch.testing.assert_close(own["pos_embed"], truth, rtol=0, atol=1e-5)
+
+
+def test_vit_small_of_other_heads_is_refused_though_its_shapes_fit() -> None:
+    model = random_model("vitpose_s")
+    backbone = {name.replace("last_norm", "norm"): tensor for name, tensor in model.backbone.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"ViT-Small .* has 6 attention heads, ViTPose-S has 12: the shapes fit"):
+        convert_backbone(backbone, model)
+    own = {f"backbone.{name}": tensor for name, tensor in model.backbone.state_dict().items()}
+    assert convert_backbone(own, model).mistakes == ()  # under ViTPose's names, with ViTPose's heads
 
 
 def test_backbone_that_is_not_the_networks_is_refused_and_changes_nothing(tmp_path: Path) -> None:
