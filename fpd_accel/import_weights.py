@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -193,21 +193,28 @@ def _choose_normalization(
     stored_mean, stored_std = default.mean, default.std
     path = source / PREPROCESSOR_NAME
     if path.is_file() and (mean is None or std is None):
-        try:
-            stored = json.loads(path.read_bytes())
-            if stored.get("do_normalize", True):
-                stored_mean = _three(stored.get("image_mean", stored_mean), f"{path}: image_mean")
-                stored_std = _three(stored.get("image_std", stored_std), f"{path}: image_std", positive=True)
-            else:
-                stored_mean, stored_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        except (OSError, ValueError, AttributeError) as error:
-            raise WeightsError(f"{path}: does not say how images are normalised: {error}; give --mean --std") from None
+        stored = _read_preprocessor(path)
+        if stored.get("do_normalize", True):
+            stored_mean = _three(stored.get("image_mean", stored_mean), f"{path}: image_mean")
+            stored_std = _three(stored.get("image_std", stored_std), f"{path}: image_std", positive=True)
+        else:
+            stored_mean, stored_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         reason = f"from {PREPROCESSOR_NAME}"
     if mean is not None or std is not None:
         reason = "given" if mean is not None and std is not None else f"given in part, else {reason}"
     chosen_mean = stored_mean if mean is None else _three(mean, "--mean")
     chosen_std = stored_std if std is None else _three(std, "--std", positive=True)
     return Normalization(mean=chosen_mean, std=chosen_std, color=color), reason
+
+
+def _read_preprocessor(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not readable as JSON: {error}; give --mean and --std") from None
+    if not isinstance(stored, dict):
+        raise WeightsError(f"{path}: wanted a mapping with image_mean and image_std; give --mean and --std")
+    return stored
 
 
 def _three(values: object, what: str, *, positive: bool = False) -> Means:

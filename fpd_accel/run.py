@@ -202,8 +202,8 @@ def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
             raise ConfigError(f"student.weights: {weights} takes {color} images; set student.color={color}")
         if normalization != Normalization(color=color):
             raise ConfigError(
-                f"student.weights: {weights} takes images of mean {normalization.mean} and std {normalization.std}, but "
-                "students are trained on ImageNet's; such a network can be a teacher"
+                f"student.weights: {weights} takes images of mean {normalization.mean} and std {normalization.std}, "
+                "but students are trained on ImageNet's; such a network can be a teacher"
             )
     if recipe.student.init is not None:
         network = student.network if isinstance(student, SimCCModel) else student
