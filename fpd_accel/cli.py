@@ -85,26 +85,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("source", type=Path, help=".pth, .pt, .tar, .safetensors, or a folder with model.safetensors")
     convert.add_argument("--output", type=Path, required=True, help="model folder to make")
     convert.add_argument("--arch", help="the network; default: told by names and shapes of the tensors")
-    convert.add_argument("--skeleton", default="coco", help="coco (default) or a YAML file: what the keypoints are")
+    convert.add_argument("--skeleton", default="coco", help="coco (default), mpii or a YAML file: keypoints")
     convert.add_argument(
         "--input-size",
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="pixels; default: what the weights or the file's name say, else 256 192",
+        help="pixels; default: what the weights or the file's name say, else 256 192 (Hourglass and MPII: 256 256)",
     )
     convert.add_argument(
         "--color",
         choices=("rgb", "bgr"),
-        default="rgb",
-        help="channel order that it was trained on (default: rgb; published MPII networks of the FPD repository: bgr)",
+        help="channel order that it was trained on (default: bgr for Hourglass and PoseResNet of the HRNet and FPD "
+        "repositories, else rgb)",
     )
     convert.add_argument(
         "--verify", type=Path, metavar="DIR", help="folder of fixtures to compare a checkpoint of the original with"
     )
     convert.add_argument(
-        "--codec", choices=("heatmap", "dark", "udp"), help="it was trained by (default: udp for ViTPose, else heatmap)"
+        "--codec",
+        choices=("heatmap", "dark", "udp"),
+        help="it was trained by (default: udp for ViTPose; udp or dark where the name of an MMPose file says so; else "
+        "heatmap)",
     )
+    convert.add_argument(
+        "--sigma", type=float, help="of its heatmaps, in cells (default: 3 from a height of 384 on, else and ViTPose 2)"
+    )
+    for name, what in (("--mean", "subtracted from the channels"), ("--std", "what the channels are divided by")):
+        convert.add_argument(
+            name,
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{what}, 0..1; for bgr in the order B G R (default: a transformers folder's, else ImageNet's)",
+        )
     convert.set_defaults(run=_import_weights)
 
     info = commands.add_parser("info", help="what a model folder holds and what it costs")
@@ -256,12 +270,19 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         input_size=tuple(arguments.input_size) if arguments.input_size else None,
         color=arguments.color,
         codec=arguments.codec,
+        sigma=arguments.sigma,
+        mean=arguments.mean,
+        std=arguments.std,
         verify=arguments.verify,
     )
-    config = imported.config
+    config, reasons = imported.config, imported.reasons
+    mean, std = (
+        " ".join(f"{number:g}" for number in side) for side in (config.normalization.mean, config.normalization.std)
+    )
     say(describe_model(str(arguments.output), config))
-    say(f"  {config.input_size[0]} x {config.input_size[1]} (height x width), {config.normalization.color}, "
-        f"skeleton {config.skeleton.name}")  # fmt: skip
+    say(f"  {config.input_size[0]} x {config.input_size[1]} (height x width), skeleton {config.skeleton.name}")
+    say(f"  {config.normalization.color} ({reasons['color']}), mean {mean}, std {std} ({reasons['normalization']})")
+    say(f"  codec {config.codec.name} ({reasons['codec']}), sigma {config.codec.sigma:g}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

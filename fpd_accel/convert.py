@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fpd_accel.errors import WeightsError
-from fpd_accel.layouts import MMPRETRAIN, Layout, Placed, place, recognise_layout, with_class_row
+from fpd_accel.layouts import MMPRETRAIN, VISION_TRANSFORMER, Layout, Placed, place, recognise_layout, with_class_row
 from fpd_accel.models import DEFAULT_INPUT_SIZE, PoseModel, is_model, model_names
 from fpd_accel.models.hrnet import HRNet
 from fpd_accel.models.pose_resnet import PoseResNet
 from fpd_accel.models.recognise import PUBLISHED_INPUT_SIZES, cells, input_size_of, recognise
-from fpd_accel.models.vitpose import ViTPose
+from fpd_accel.models.vitpose import SIZES, Attention, ViTPose
 from fpd_accel.weights import COUNTER, model_shapes, read_tensors
 
 POSITIONS = "backbone.pos_embed"
@@ -118,7 +118,8 @@ def convert_backbone(tensors: Mapping[str, Tensor], model: PoseModel) -> Convers
     with MAE's. The result has no tensor of the head.
 
     Raises:
-        WeightsError: The model has no backbone of such a kind, or names collide.
+        WeightsError: The model has no backbone of such a kind, names collide, or the network of the file has other
+            attention heads, which names and shapes do not show.
     """
     kind = next((kind for kind in HEADS if isinstance(model, kind)), None)
     if kind is None:
@@ -126,6 +127,8 @@ def convert_backbone(tensors: Mapping[str, Tensor], model: PoseModel) -> Convers
             f"{type(model).__name__} has no backbone that is published apart; HRNet, PoseResNet and ViTPose have"
         )
     layout = recognise_layout(tensors)
+    if layout is VISION_TRANSFORMER and isinstance(model, ViTPose):
+        _check_heads(model)
     placed, unread = place(tensors, layout)
     if isinstance(model, ViTPose) and POSITIONS in placed:
         placed[POSITIONS] = _resized(placed[POSITIONS], layout, model.backbone.grid)
@@ -199,6 +202,18 @@ def refuse_mistakes(conversion: Conversion, source: str | Path, *, shown: int = 
             dots = ["..."] if len(entries) > shown else []
             lines.append(f"  {len(entries)} {kind}: {', '.join(examples + dots)}")
     raise WeightsError("\n".join(lines))
+
+
+def _check_heads(model: ViTPose) -> None:
+    """Refuse ViT-Small: its tensors fit, but timm, DeiT and DINO split them among 6 heads, ViTPose among 12."""
+    block = next(module for module in model.modules() if isinstance(module, Attention))
+    width = block.qkv.in_features
+    if width == SIZES["s"].width:
+        raise WeightsError(
+            f"a ViT-Small of timm, DeiT or DINO has {width // 64} attention heads, ViTPose-S has {block.heads}: the "
+            "shapes fit, but the network would compute something else; ViT-Base and ViT-Large fit. One trained with "
+            f"{block.heads} heads is taken under ViTPose's names, backbone.blocks.0 and so on"
+        )
 
 
 def _match(

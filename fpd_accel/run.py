@@ -196,9 +196,15 @@ def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
     if weights is not None:
         load_weights(student, weights)
     if weights is not None and (Path(weights) / "config.json").is_file():
-        color = read_model_config(weights).normalization.color
+        normalization = read_model_config(weights).normalization
+        color = normalization.color
         if color != recipe.student.color:
             raise ConfigError(f"student.weights: {weights} takes {color} images; set student.color={color}")
+        if normalization != Normalization(color=color):
+            raise ConfigError(
+                f"student.weights: {weights} takes images of mean {normalization.mean} and std {normalization.std}, "
+                "but students are trained on ImageNet's; such a network can be a teacher"
+            )
     if recipe.student.init is not None:
         network = student.network if isinstance(student, SimCCModel) else student
         say(f"student.init: {load_backbone(network, recipe.student.init)}")

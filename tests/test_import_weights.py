@@ -111,6 +111,118 @@ def test_input_size_comes_from_the_command_then_the_weights_then_the_file_name(t
     assert size("d.safetensors", "tiny_w8") == (256, 192)
 
 
+def mmpose(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under MMPose's names."""
+    return {("head." if name.startswith(("final", "deconv")) else "backbone.") + name: t for name, t in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "of_mmpose", "color"),
+    [("pose_resnet_18", False, "bgr"), ("hourglass_1x16", False, "bgr"), ("pose_resnet_18", True, "rgb")],
+)
+def test_colour_order_is_assumed_as_the_published_networks_were_trained(
+    arch: str, of_mmpose: bool, color: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = weights_of(arch)
+    save_file(mmpose(weights) if of_mmpose else weights, tmp_path / "a_udp_256x256.safetensors")
+    command = ["import-weights", str(tmp_path / "a_udp_256x256.safetensors"), "--output"]
+    assert main([*command, str(tmp_path / "assumed")]) == 0
+    assert f"{color} (assumed" in capsys.readouterr().err
+    assert read_model_config(tmp_path / "assumed").normalization.color == color
+    other = {"rgb": "bgr", "bgr": "rgb"}[color]
+    assert main([*command, str(tmp_path / "given"), "--color", other]) == 0
+    assert f"{other} (given)" in capsys.readouterr().err
+    assert read_model_config(tmp_path / "given").normalization.color == other
+
+
+def test_codec_of_an_mmpose_network_comes_from_the_command_then_the_file_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = mmpose(weights_of("pose_resnet_18"))
+    cases = [
+        ("td-hm_res18_udp-8xb64-210e_coco-256x192-73ede547.safetensors", (), "udp (from the name), sigma 2"),
+        ("res18_coco_384x288_dark-07f147eb.safetensors", (), "dark (from the name), sigma 3"),
+        ("res18_coco_256x192_UDP.safetensors", ("--codec", "dark"), "dark (given), sigma 2"),
+        ("res18_udp_384x288.safetensors", ("--sigma", "2.5"), "udp (from the name), sigma 2.5"),
+        ("darker_res18_256x192.safetensors", (), "heatmap (assumed), sigma 2"),
+    ]
+    for number, (name, options, words) in enumerate(cases):
+        save_file(weights, tmp_path / name)
+        assert main(["import-weights", str(tmp_path / name), "--output", str(tmp_path / f"{number}"), *options]) == 0
+        printed = capsys.readouterr().err
+        assert printed.splitlines()[-1].endswith(f"codec {words}")
+        assert ("does not say udp or dark" in " ".join(printed.split())) == ("assumed" in words)
+        codec = read_model_config(tmp_path / f"{number}").codec
+        assert (codec.name, f"{codec.sigma:g}") == (words.split()[0], words.split()[-1])
+
+
+def test_vitpose_is_taken_as_trained_by_udp_with_sigma_2(tmp_path: Path) -> None:
+    save_file(weights_of("vitpose_s_simple", input_size=(384, 288)), tmp_path / "a.safetensors")
+    imported = import_weights(tmp_path / "a.safetensors", tmp_path / "out")
+    assert (imported.config.codec.name, imported.config.codec.sigma) == ("udp", 2.0)
+    assert (imported.config.input_size, imported.reasons["codec"]) == ((384, 288), "ViTPose's")
+
+
+def test_normalisation_comes_from_the_command_then_the_transformers_folder(
+    tmp_path: Path, tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "folder"
+    source.mkdir()
+    save_file(weights_of("tiny_w8"), source / "model.safetensors")
+    preprocessor = source / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 1]}))
+    command = ["import-weights", str(source), "--input-size", "64", "64", "--output"]
+    assert main([*command, str(tmp_path / "told")]) == 0
+    assert "mean 0.5 0.4 0.3, std 0.25 0.5 1 (from preprocessor_config.json)" in capsys.readouterr().err
+    told = read_model_config(tmp_path / "told").normalization
+    assert (told.mean, told.std) == ((0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
+    given = import_weights(source, tmp_path / "given", input_size=(64, 64), mean=(0, 0, 0), std=(1, 1, 1)).config
+    assert (given.normalization.mean, given.normalization.std) == ((0, 0, 0), (1, 1, 1))
+    assert "0..255 by 255" in refusal(capsys, *command, tmp_path / "no", "--mean", 123.7, 116.3, 103.5)
+    assert "not 0" in refusal(capsys, *command, tmp_path / "no", "--std", 0, 1, 1)
+    for damaged in ("[]", "{", '{"image_mean": 0.5}'):
+        preprocessor.write_text(damaged)
+        assert "preprocessor_config.json" in refusal(capsys, *command, tmp_path / "no")
+    from fpd_accel.run import run
+
+    with pytest.raises(ConfigError, match="but students are trained on ImageNet's"):
+        run(load_recipe(tiny_recipe(student={"arch": "tiny_w8", "weights": str(tmp_path / "told")})))
+
+
+def test_without_a_size_in_the_name_hourglasses_and_mpii_networks_are_square(tmp_path: Path) -> None:
+    for arch, keypoints, skeleton, size in (
+        ("hourglass_1x16", 17, "coco", (256, 256)),
+        ("tiny_w8", 16, "mpii", (256, 256)),
+        ("tiny_w8", 17, "coco", (256, 192)),
+    ):
+        save_file(weights_of(arch, num_keypoints=keypoints), tmp_path / "a.safetensors")
+        output = tmp_path / f"{arch}_{keypoints}"
+        assert import_weights(tmp_path / "a.safetensors", output, skeleton=skeleton).config.input_size == size
+
+
+def test_numbers_that_are_not_positive_are_refused_and_a_skeleton_that_fits_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(weights_of("tiny_w8", num_keypoints=16), tmp_path / "a.safetensors")
+    command = ("import-weights", tmp_path / "a.safetensors", "--output", tmp_path / "out")
+    assert "wanted a positive height and width" in refusal(capsys, *command, "--input-size", -32, -32)
+    assert "wanted a positive height and width" in refusal(capsys, *command, "--input-size", 64, 0)
+    assert "wanted a positive number of heatmap cells" in refusal(capsys, *command, "--sigma", "nan")
+    assert "give --skeleton mpii, or" in " ".join(refusal(capsys, *command).split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_folder_can_be_the_empty_folder_that_the_command_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(weights_of("tiny_w8"), tmp_path / "a_64x64.safetensors")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["import-weights", "../a_64x64.safetensors", "--output", "."]) == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_64x64.safetensors", "here"]
+
+
 def test_a_transformers_folder_and_a_file_give_the_same_model(tmp_path: Path) -> None:
     weights = weights_of("tiny_w8")
     (tmp_path / "folder").mkdir()
