@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -401,7 +401,7 @@ def _names_at(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in location:
         annotation = model.model_fields[str(key)].annotation
-        inner = [annotation, *getattr(annotation, "__args__", ())]  # unpacks `Section | None`
+        inner = [annotation, *get_args(annotation)]  # unpacks `Section | None`
         model = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)
 

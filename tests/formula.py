@@ -1,28 +1,8 @@
 """Weights that every implementation can make for itself: each tensor is filled from its own name."""
 
-import zlib
-
-import numpy as np
-import torch
 from torch import nn
 
-
-def formula_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor of this name and shape, as the README of the reference fixtures defines it."""
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros(shape, dtype=torch.int64)
-    x = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if name.endswith("running_var"):
-        x = 1 + 0.1 * np.abs(x)
-    elif name.endswith("running_mean"):
-        x = 0.1 * x
-    elif len(shape) == 4:
-        x = x * np.sqrt(1 / (shape[1] * shape[2] * shape[3]))
-    elif name.endswith("weight"):
-        x = 1 + 0.1 * x
-    else:
-        x = 0.05 * x
-    return torch.from_numpy(np.asarray(x, dtype=np.float32))
+from fpd_accel.fixtures import formula_weight
 
 
 def fill_with_formula(model: nn.Module) -> None:
