@@ -93,6 +93,22 @@ def evaluate(
     return metrics, people
 
 
+def open_detections(shards: Shards, file: str, *, threshold: float) -> Detections:
+    """The shards around a detector's boxes; says what was taken of the file and what was not.
+
+    Raises:
+        DataError: the boxes cannot be used.
+    """
+    detections = Detections(shards, file, threshold=threshold)
+    say(
+        f"{file}: {len(detections)} boxes with scores from {threshold:g} on, in "
+        f"{detections.num_images} of the {len(detections.images)} images of {shards.path}"
+    )
+    for reason, count in detections.skipped.items():
+        say(f"  skipped {count} {SKIPPED[reason]}")
+    return detections
+
+
 def with_boxes(shards: Shards, options: Evaluate) -> Shards:
     """The shards with the boxes of ``options.boxes`` in place of the annotated ones, if it names a file.
 
@@ -103,13 +119,7 @@ def with_boxes(shards: Shards, options: Evaluate) -> Shards:
     """
     if options.boxes is None or isinstance(shards, Detections):
         return shards
-    detections = Detections(shards, options.boxes, threshold=options.box_threshold)
-    say(
-        f"{options.boxes}: {len(detections)} boxes with scores from {options.box_threshold:g} on, in "
-        f"{detections.num_images} of the {len(detections.images)} images of {shards.path}"
-    )
-    for reason, count in detections.skipped.items():
-        say(f"  skipped {count} {SKIPPED[reason]}")
+    detections = open_detections(shards, options.boxes, threshold=options.box_threshold)
     if unknown := detections.skipped.get("unknown_image"):
         dropped = shards.description["skipped"].get("image_empty", 0)
         warn(

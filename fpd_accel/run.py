@@ -13,11 +13,10 @@ from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
-from fpd_accel.data.detections import Detections
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import ConfigError, TrainingError
-from fpd_accel.evaluation import evaluate, with_boxes
+from fpd_accel.evaluation import evaluate, open_detections, with_boxes
 from fpd_accel.log import say
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
@@ -176,7 +175,7 @@ def _open_unlabelled(recipe: Recipe) -> Shards | None:
         return None
     shards = Shards(options.shards)
     if options.boxes is not None:
-        shards = Detections(shards, options.boxes, threshold=options.box_threshold)
+        shards = open_detections(shards, options.boxes, threshold=options.box_threshold)
     _refuse_nobody("data.unlabelled.shards", shards)
     return shards
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from formula import fill_with_formula
+from torch import nn
 
 from fpd_accel import Distiller, create_model
 from fpd_accel.codecs import HeatmapCodec
@@ -30,6 +31,17 @@ def random_batch(people: int = 3, *, seed: int = 0) -> Batch:
     )
 
 
+class InDouble(nn.Module):
+    """A network that computes in float64, where three steps do not hang on the machine's rounding."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.double()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.network(images.double())
+
+
 @pytest.mark.timeout(240)
 def test_three_training_steps_follow_the_published_implementation(shared: Path) -> None:
     fixture = np.load(shared / "reference" / "coco_val_inputs.npz")
@@ -45,7 +57,7 @@ def test_three_training_steps_follow_the_published_implementation(shared: Path) 
         sizes=torch.ones(8, 2),
         rows=torch.arange(8),
     )
-    distiller = Distiller(student.train(), teacher, HeatmapCodec(), alpha=0.5)
+    distiller = Distiller(InDouble(student).train(), InDouble(teacher), HeatmapCodec(), alpha=0.5)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-4)
     rows = []
     for _ in range(3):
@@ -58,11 +70,12 @@ def test_three_training_steps_follow_the_published_implementation(shared: Path) 
     wanted = np.array(expected["resnet50_from_resnet101"])  # pose, kd, total, pck of each step
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)  # relative: before the first update
     # Absolute. Adam divides each gradient by its own size, so rounding grows: the third step's losses differ by up to
-    # 0.7 % between one and two threads, with and without oneDNN, and in float64; the fixture lies among those.
+    # 0.7 % between one and two threads and with and without oneDNN; the fixture lies among those.
     np.testing.assert_allclose(found[:, :3], wanted[:, :3], atol=1e-3)
-    # A network that has learnt nothing is right by chance: 0 to 0.033 in those settings. Before the first update the
-    # accuracy is the fixture's, above; after it, chance is all there is to ask for.
-    assert (found[1:, 3] < 0.05).all()
+    np.testing.assert_allclose(found[:2, 3], wanted[:2, 3], atol=2.5e-3)  # a joint of one person is 0.0014
+    # The third accuracy is a matter of rounding: weights changed by 1e-7 of themselves move it from 0.017 to 0.032 in
+    # float64, and the settings above from 0 to 0.033 in float32, in which the fixture was made and has 0.023.
+    assert found[2, 3] < 0.05
 
 
 def test_loss_is_the_weighted_sum_over_stages_against_the_teachers_last_stage() -> None:

@@ -463,7 +463,7 @@ def test_cost_equals_the_published_tables(arch: str, published: str) -> None:
     """Table 1 of the HRNet paper, 256 x 192, to its one digit, which it cuts off (8.99, 15.76) or rounds (12.38)."""
     config = ModelConfig(arch=arch, skeleton=COCO, input_size=(256, 192))
     gflops = original_gflops(config)
-    assert abs(gflops - float(published)) < 0.1
+    assert float(published) in (int(10 * gflops) / 10, round(gflops, 1))
     if arch.startswith("hrnet"):  # no transposed convolutions: the same multiply-adds in another unit
         assert model_cost(config)[1] / 2**30 == pytest.approx(gflops, rel=1e-9)
 
