@@ -20,7 +20,7 @@ from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
-from fpd_accel.errors import CheckpointError, ConfigError, local
+from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
@@ -53,6 +53,8 @@ def run(
     accelerator = accelerator or create_accelerator(
         recipe.train.precision, parallel=recipe.train.parallel, timeout_minutes=recipe.train.timeout_minutes
     )
+    if recipe.train.sync_norm and accelerator.device.type != "cuda":
+        raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
     _draw_missing_data(recipe, accelerator)
     train, valid = _open_data(recipe)
     unlabelled = _open_unlabelled(recipe)

@@ -16,6 +16,7 @@ from fpd_accel.evaluation import evaluate
 from fpd_accel.model_folder import load_model, read_model_config
 from fpd_accel.processes import create_accelerator
 from fpd_accel.run import run
+from fpd_accel.student import Student
 
 
 def train(recipe: str, overrides: list[str]) -> None:
@@ -34,6 +35,21 @@ def score(folder: str, shards: str, output: str) -> None:
     Path(f"{output}.{accelerator.process_index}").write_text(json.dumps(found))
 
 
+def dtypes(recipe: str, overrides: list[str]) -> None:
+    """What comes out of the last convolution of a prepared student, and out of the student."""
+    from fpd_accel.models import create_model
+
+    chosen = load_recipe(recipe, overrides)
+    accelerator = create_accelerator(chosen.train.precision, parallel=chosen.train.parallel)
+    student = Student(create_model("tiny_w8", 17), accelerator, train=chosen.train, optim=chosen.optim)
+    inside: list[torch.dtype] = []
+    student.network.head.register_forward_hook(lambda _module, _inputs, output: inside.append(output.dtype))
+    heatmaps = student.model(torch.zeros(1, 3, 64, 64))[-1]
+    if accelerator.is_main_process:
+        weights = {parameter.dtype for parameter in student.network.parameters()}
+        print("dtypes:", *inside, heatmaps.dtype, *weights, file=sys.stderr)
+
+
 if __name__ == "__main__":
     for name, *arguments in json.loads(sys.argv[1]):
-        {"train": train, "score": score}[name](*arguments)
+        {"train": train, "score": score, "dtypes": dtypes}[name](*arguments)

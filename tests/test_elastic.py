@@ -132,6 +132,13 @@ def test_checkpoints_hold_the_whole_network_whatever_the_sharding(name: str, run
     assert models[0].keys() == models[1].keys()
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_bf16_is_of_the_forward_alone(parallel: str, runs: Path) -> None:
+    overrides = [f"train.parallel={parallel}", "train.precision=bf16"]
+    said = launch(2, [["dtypes", str(runs / "recipe.yaml"), overrides]])
+    assert "dtypes: torch.bfloat16 torch.float32 torch.float32" in said
+
+
 def test_evaluation_is_the_same_on_any_number_of_ranks(runs: Path, tiny_valid: Path) -> None:
     launch(1, [["score", str(runs / "one" / "final"), str(tiny_valid), str(runs / "scores_1")]])
     found = {path.name: json.loads(path.read_text()) for path in runs.glob("scores_*")}
