@@ -126,6 +126,12 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> R
     return result
 
 
+def leave() -> None:
+    """Take leave of the other processes at the end, as NCCL asks for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Consensus:
     """Flags of which each rank knows a part, and upon which all have to act in the same step.
 

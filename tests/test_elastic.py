@@ -86,6 +86,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid
             tasks.append(["train", str(recipe), changes])
         if parallel == "ddp":
             tasks.append(["score", str(root / "one" / "final"), str(tiny_valid), str(root / f"scores_{ranks}")])
+        if world == "ddp2":
+            changes = ["run.name=slow", "train.timeout_minutes=0.15"]
+            tasks.append(["train_with_slow_scores", str(recipe), changes, 10])
         said = launch(ranks, tasks)
         assert ("sharded (FSDP2)" in said) == (parallel == "fsdp2")
     halve(root, "fsdp2_to_one")
@@ -147,6 +150,12 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(runs: Path, tiny_valid: P
     metrics, people = found["scores_1.0"]
     assert len(people) == 13  # in batches of five
     assert metrics["loss"] > 0
+
+
+def test_ranks_wait_for_the_scores_longer_than_for_a_step(runs: Path) -> None:
+    records = map(json.loads, (runs / "slow" / "metrics.jsonl").read_text().splitlines())
+    assert [record["kind"] for record in records][-1] == "valid"
+    assert (runs / "slow" / "final" / "model.safetensors").is_file()
 
 
 def test_other_size_of_batches_is_said_where_it_matters(
