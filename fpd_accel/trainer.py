@@ -275,7 +275,7 @@ class Trainer:
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 
     def _evaluation_is_due(self) -> bool:
-        """Whether this step ends the run or went past a multiple of ``evaluate.every_epochs``, and nobody looked yet."""
+        """Whether this step ends the run or went past a multiple of ``evaluate.every_epochs``, and is not evaluated."""
         if self.valid_shards is None or self.step in (0, self.evaluated):
             return False
         every = self.recipe.evaluate.every_epochs
