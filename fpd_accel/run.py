@@ -13,6 +13,7 @@ from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import ConfigError, TrainingError
@@ -76,13 +77,13 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
     hard = recipe.distill.hard_keypoints
     if hard is not None and hard > train.skeleton.num_keypoints:
         raise ConfigError(
-            f"distill.hard_keypoints: {hard}, but {train.path} has {train.skeleton.num_keypoints} keypoints"
+            f"distill.hard_keypoints: {hard}, but {train.datasets[0].path} has {train.skeleton.num_keypoints} keypoints"
         )
     if taught is not None:
         _check_objective(recipe, student, taught)
     origin = provenance(
         recipe,
-        data=train.fingerprint,
+        data=train,
         unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
         teacher=(taught[0], taught[1].state_dict()) if taught else None,
     )
@@ -126,6 +127,7 @@ def _draw_missing_data(recipe: Recipe, accelerator: Accelerator) -> None:
     synthetic = recipe.data.synthetic
     if synthetic is None:
         return
+    assert isinstance(recipe.data.train, str)  # checked with the recipe
     wanted = [(recipe.data.train, synthetic.train_images, 2 * synthetic.seed)]
     if recipe.data.valid is not None:
         wanted.append((recipe.data.valid, synthetic.valid_images, 2 * synthetic.seed + 1))
@@ -153,8 +155,8 @@ def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator) -> None:
         say(f"the teacher is trained; now its student, {recipe.run.name}")
 
 
-def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
-    train = Shards(recipe.data.train)
+def _open_data(recipe: Recipe) -> tuple[Mixture, Shards | None]:
+    train = _open_labelled(recipe)
     valid = Shards(recipe.data.valid) if recipe.data.valid is not None else None
     if valid is not None and valid.skeleton.keypoints != train.skeleton.keypoints:
         raise ConfigError(
@@ -164,8 +166,16 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
     if valid is not None:
         valid = with_boxes(valid, recipe.evaluate)
         _refuse_nobody("data.valid", valid)
-    _refuse_nobody("data.train", train)
     return train, valid
+
+
+def _open_labelled(recipe: Recipe) -> Mixture:
+    labelled = recipe.data.labelled
+    weights = [dataset.weight for dataset in labelled.values() if dataset.weight is not None]
+    opened = {path: Shards(dataset.shards) for path, dataset in labelled.items()}
+    for path, shards in opened.items():
+        _refuse_nobody(path, shards)
+    return Mixture(tuple(opened.values()), tuple(weights) or None)
 
 
 def _open_unlabelled(recipe: Recipe) -> Shards | None:
@@ -210,7 +220,7 @@ def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
     return student
 
 
-def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:
+def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Module]:
     """The teacher's network and description, checked against the data and the student's input."""
     path = teacher_weights(recipe)
     model: nn.Module
@@ -299,7 +309,7 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
     say(
         f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
         f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
-        f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+        f"out of {as_mixture(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
         f"{trainer.train_shards.skeleton.sigma_note}"
     )
 

@@ -154,6 +154,11 @@ class Shards:
     def __len__(self) -> int:
         return len(self.usable)
 
+    def order(self, seed: int, epoch: int, *, source: int) -> np.ndarray:
+        """The permutation of ``range(len(self))`` that is one epoch of dataset number ``source`` of a mixture."""
+        generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source]))
+        return generator.permutation(len(self))
+
 
 class ShardWriter:
     """Writes a dataset into a temporary sibling of ``output``; :meth:`finish` renames it, leaving the block removes it.
