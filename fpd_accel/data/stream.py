@@ -195,6 +195,8 @@ class PoseStream(IterableDataset[Batch]):
 
 def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataLoader[Batch]:
     """Batches of a stream, read ahead by ``workers`` processes (0: in this one)."""
+    for source in stream.sources:
+        source.shards.open()
     return DataLoader(
         stream,
         batch_size=None,
