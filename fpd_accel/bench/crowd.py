@@ -1,15 +1,22 @@
-"""Shards of any number of people, written in the ordinary way from a few small pictures: to measure, not to learn."""
+"""Shards of any number of people, from a few small pictures: to measure, not to learn.
 
+Laid out as ``fpd-accel prepare`` does it, but written table by table: a million people in seconds, not a minute.
+"""
+
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
 
-from fpd_accel.data.shards import Shards, ShardWriter
+from fpd_accel.data.shards import IMAGE_FEATURES, Shards, ShardWriter, people_features, quiet_datasets
 from fpd_accel.errors import DataError
 from fpd_accel.log import say, track
 from fpd_accel.skeleton import COCO
@@ -17,7 +24,8 @@ from fpd_accel.skeleton import COCO
 HEIGHT, WIDTH = 120, 160  # pixels of a picture
 PICTURES = 64  # different ones; each image has its own row and its own bytes in it all the same
 PEOPLE_PER_IMAGE = 2.5  # as in COCO's training images
-BYTES_PER_PERSON = 2500  # on the disk while shards are written, twice what they take in the end
+ROWS = 10_000  # written at a time
+BYTES_PER_PERSON = 5000  # on the disk while shards are written, twice what they take in the end
 
 
 def draw_crowd(folder: Path, people: int) -> Shards:
@@ -40,36 +48,71 @@ def draw_crowd(folder: Path, people: int) -> Shards:
             "choose another --cache, or a lower --people"
         )
     say(f"writing shards of {people} people into {output}")
-    images = int(-(-people // PEOPLE_PER_IMAGE))
+    images = math.ceil(people / PEOPLE_PER_IMAGE)
     with ShardWriter(output, COCO) as writer:
-        writer.write_images(track(_images(images), f"{images} images", total=images))
-        writer.write_people(track(_people(people), f"{people} people", total=people))
+        _write(writer.staging / "images", _images, images, IMAGE_FEATURES)
+        _write(writer.staging / "people", _people, people, people_features(COCO.num_keypoints))
+        writer.digest.update(f"a crowd of {people}".encode())
+        writer.counts = {"images": images, "people": people, "usable": people}
         writer.finish(source={"drawn by": "fpd-accel bench"}, skipped={})
-    for file in output.rglob("*.arrow"):  # until then its pages would be counted as memory of whoever reads them
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
     return Shards(output)
 
 
-def _images(number: int) -> Iterator[dict[str, Any]]:
-    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 12, 16, 3), dtype=np.uint8)
+def _write(folder: Path, table: Callable[[np.ndarray], pa.Table], rows: int, features: Features) -> None:
+    """Tables of rows, and of them what the library would save of rows that came one by one."""
+    cache = folder.with_name("cache.arrow")
+    with ArrowWriter(path=str(cache), features=features) as writer:
+        for first in track(range(0, rows, ROWS), f"{rows} {folder.name}"):
+            own = table(np.arange(first, min(first + ROWS, rows)))
+            writer.write_table(own.select(list(features)).cast(features.arrow_schema))
+        writer.finalize()
+    with quiet_datasets():
+        Dataset.from_file(str(cache)).save_to_disk(str(folder))
+    cache.unlink()
+    for file in folder.glob("*.arrow"):  # until then its pages would be counted as memory of whoever reads them
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _images(rows: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "id": rows,
+            "file_name": [f"{row:012d}.jpg" for row in rows],
+            "width": np.full(len(rows), WIDTH),
+            "height": np.full(len(rows), HEIGHT),
+            "bytes": [_pictures()[row % PICTURES] for row in rows],
+        }
+    )
+
+
+@cache
+def _pictures() -> list[bytes]:
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 6, 8, 3), dtype=np.uint8)
     pictures = [cv2.resize(small, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for small in noise]
-    encoded = [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures]
-    for row in range(number):
-        name = f"{row:012d}.jpg"
-        yield {"id": row, "file_name": name, "width": WIDTH, "height": HEIGHT, "bytes": encoded[row % PICTURES]}
+    return [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures]
 
 
-def _people(number: int) -> Iterator[dict[str, Any]]:
-    generator = np.random.default_rng(1)
-    places = generator.uniform(0, 1, (PICTURES, 2)).astype(np.float32) * np.array([WIDTH - 60, HEIGHT - 90], np.float32)
-    boxes = np.concatenate([places, np.full((PICTURES, 2), (50, 80), np.float32)], axis=1)
-    inside = generator.uniform(0, 1, (PICTURES, COCO.num_keypoints, 2)).astype(np.float32)
-    points = boxes[:, None, :2] + inside * boxes[:, None, 2:]
-    keypoints = np.concatenate([points, np.full((*points.shape[:2], 1), 2, np.float32)], axis=2).reshape(PICTURES, -1)
-    for row in range(number):
-        image, which = int(row // PEOPLE_PER_IMAGE), row % PICTURES
-        yield {
-            "id": row, "image_id": image, "image_row": image, "box": boxes[which], "keypoints": keypoints[which],
-            "area": 2000.0, "crowd": False, "score": 1.0, "unused": "",
-        }  # fmt: skip
+def _people(rows: np.ndarray) -> pa.Table:
+    """Everybody's keypoints are visible and in the box, which is in the picture."""
+    generator = np.random.default_rng(rows[0])
+    number, joints = len(rows), COCO.num_keypoints
+    width, height = 50, 80  # pixels
+    corners = generator.uniform(0, (WIDTH - width, HEIGHT - height), (number, 2))
+    points = corners[:, None] + generator.uniform(0, (width, height), (number, joints, 2))
+    boxes = np.concatenate([corners, np.full((number, 2), (width, height))], axis=1)
+    keypoints = np.concatenate([points, np.full((number, joints, 1), 2)], axis=2)
+    images = np.floor(rows / PEOPLE_PER_IMAGE).astype(np.int64)
+    return pa.table(
+        {
+            "id": rows,
+            "image_id": images,
+            "image_row": images,
+            "box": pa.FixedSizeListArray.from_arrays(boxes.astype(np.float32).ravel(), 4),
+            "keypoints": pa.FixedSizeListArray.from_arrays(keypoints.astype(np.float32).ravel(), 3 * joints),
+            "area": np.full(number, 2000.0),
+            "crowd": np.zeros(number, dtype=bool),
+            "score": np.ones(number),
+            "unused": [""] * number,
+        }
+    )

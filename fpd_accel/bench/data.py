@@ -25,26 +25,18 @@ RATE_WORKERS = (0, 1, 2)
 Value = float | None  # None: not to be known on this system
 
 
-def bench_data(
-    datasets: Sequence[Shards],
-    *,
-    batch: int = 32,
-    batches: int = 100,
-    openings: int = OPENINGS,
-    memory_workers: Sequence[int] = MEMORY_WORKERS,
-    rate_workers: Sequence[int] = RATE_WORKERS,
-) -> dict[str, Any]:
+def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 100) -> dict[str, Any]:
     """The measurements of some datasets, for JSON and for :func:`show_data`.
 
     Raises:
         DataError: a dataset cannot be read.
     """
-    workers = sorted({*memory_workers, *rate_workers})
+    workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
     jobs = [
         (number, arguments)
         for number, shards in enumerate(datasets)
         for arguments in (
-            *([str(shards.path), *cold] for cold in _temperatures() for _ in range(openings)),
+            *([str(shards.path), *cold] for cold in _temperatures() for _ in range(OPENINGS)),
             *([str(shards.path), f"--workers={n}", f"--batch={batch}", f"--batches={batches}"] for n in workers),
         )
     ]
@@ -54,16 +46,13 @@ def bench_data(
     return {
         "bench": "data",
         "environment": environment(),
-        "settings": {
-            "batch": batch, "batches": batches, "openings": openings,
-            "memory_workers": list(memory_workers), "rate_workers": list(rate_workers),
-        },
+        "settings": {"batch": batch, "batches": batches, "openings": OPENINGS},
         "datasets": [_gathered(shards, own) for shards, own in zip(datasets, found, strict=True)],
-    }  # fmt: skip
+    }
 
 
 def _temperatures() -> list[list[str]]:
-    """Arguments for files that are in memory, and where the system can be told to drop them, for such that are not."""
+    """Arguments for files that are in memory; where the system can be told to drop them, for such that are not too."""
     return [[], ["--cold"]] if hasattr(os, "posix_fadvise") else [[]]
 
 
@@ -100,7 +89,7 @@ def show_data(report: dict[str, Any]) -> None:
         table.add_column(f"{dataset['people']:,} people\n{dataset['images']:,} images", justify="right", no_wrap=True)
     if len(datasets) > 1:
         table.add_column("last / first", justify="right", no_wrap=True)
-    for name, digits, value in _rows(settings):
+    for name, digits, value in _rows():
         values = [value(dataset) for dataset in datasets]
         shown = ["-" if number is None else f"{number:,.{digits}f}" for number in values]
         if len(values) > 1:
@@ -116,20 +105,20 @@ def show_data(report: dict[str, Any]) -> None:
     results.print(escape(describe(report["environment"])), soft_wrap=True)
 
 
-def _rows(settings: dict[str, Any]) -> list[tuple[str, int, Callable[[dict[str, Any]], Value]]]:
+def _rows() -> list[tuple[str, int, Callable[[dict[str, Any]], Value]]]:
     """Name, digits and value of each row of the table."""
     rows: list[tuple[str, int, Callable[[dict[str, Any]], Value]]] = [
         ("open, s", 3, lambda dataset: dataset["open_seconds"]),
         ("open from files not in memory, s", 3, lambda dataset: dataset["open_cold_seconds"]),
     ]
-    for n in settings["rate_workers"]:
+    for n in RATE_WORKERS:
         for name, where in (("the start", "start"), ("90 % of an epoch", "far")):
             rows.append((f"first batch from {name}, {_workers(n)}, s", 3, _first_batch(n, where)))
-    for n in settings["memory_workers"]:
+    for n in MEMORY_WORKERS:
         rows.append((f"memory of all processes, {_workers(n)}, MB", 0, _memory(n)))
         if n:
             rows.append((f"memory of its own of each of {_workers(n)}, MB", 0, _worker_memory(n)))
-    rows += [(f"samples/s, {_workers(n)}", 0, _rate(n)) for n in settings["rate_workers"]]
+    rows += [(f"samples/s, {_workers(n)}", 0, _rate(n)) for n in RATE_WORKERS]
     return rows
 
 

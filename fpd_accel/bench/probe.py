@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,14 @@ def _batches(shards: Shards, start: int, *, workers: int, batch: int) -> Iterato
     return iter(make_loader(stream, workers, torch.device("cpu")))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fpd_accel.bench.probe")
     parser.add_argument("shards")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--workers", type=int, help="measure loading; default: opening")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=100)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     try:
         if chosen.workers is None:
             found = time_opening(chosen.shards, cold=chosen.cold)

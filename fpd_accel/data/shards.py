@@ -272,7 +272,7 @@ class ShardWriter:
 
     def _save(self, name: str, records: Iterator[dict[str, Any]], features: Features) -> None:
         cache = self.staging / "cache"
-        with _quiet_datasets():
+        with quiet_datasets():
             dataset = Dataset.from_generator(
                 lambda: records,
                 features=features,
@@ -285,7 +285,7 @@ class ShardWriter:
 
 
 @contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """The library's own bars count Arrow shards, which mean nothing to the person waiting."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
