@@ -44,6 +44,15 @@ class Mixture:
         return self.datasets[0].skeleton
 
     @property
+    def path(self) -> str:
+        """Where all of them are, for messages."""
+        return " + ".join(str(shards.path) for shards in self.datasets)
+
+    def changed(self) -> str | None:
+        """The first file that is no longer the one that was opened, if any."""
+        return next(filter(None, (shards.changed() for shards in self.datasets)), None)
+
+    @property
     def has_head_sizes(self) -> bool:
         return all(shards.has_head_sizes for shards in self.datasets)
 
