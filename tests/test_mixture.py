@@ -304,3 +304,14 @@ def test_a_dataset_of_a_mixture_with_nobody_in_it_is_named(
     recipe = tiny_recipe(data={"train": [{"shards": str(tiny_shards)}, {"shards": str(empty)}]})
     with pytest.raises(ConfigError, match=rf"data\.train\.1\.shards: {empty} has images, but nobody"):
         train(recipe)
+
+
+def test_a_file_of_any_dataset_that_is_exchanged_is_named(tiny_shards: Path, third: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(third, tmp_path / "copy"))
+    mixture = Mixture((Shards(tiny_shards), Shards(copy)))
+    assert mixture.path == f"{tiny_shards} + {copy}"
+    for shards in mixture.datasets:
+        shards.open()
+    assert mixture.changed() is None
+    next((copy / "people").glob("*.arrow")).unlink()
+    assert str(mixture.changed()).startswith(f"{copy}/people/")
