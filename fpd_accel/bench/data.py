@@ -32,13 +32,10 @@ def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 10
         DataError: a dataset cannot be read.
     """
     workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
-    jobs = [
-        (number, arguments)
-        for number, shards in enumerate(datasets)
-        for arguments in (
-            *([str(shards.path), *cold] for cold in _temperatures() for _ in range(OPENINGS)),
-            *([str(shards.path), f"--workers={n}", f"--batch={batch}", f"--batches={batches}"] for n in workers),
-        )
+    measurements = [temperature for temperature in _temperatures() for _ in range(OPENINGS)]
+    measurements += [[f"--workers={n}", f"--batch={batch}", f"--batches={batches}"] for n in workers]
+    jobs = [  # each measurement of all datasets in a row: other work on the machine then disturbs all alike
+        (number, [str(shards.path), *options]) for options in measurements for number, shards in enumerate(datasets)
     ]
     found: list[list[dict[str, Any]]] = [[] for _ in datasets]
     for number, arguments in track(jobs, "measuring", total=len(jobs)):
