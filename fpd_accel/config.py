@@ -31,6 +31,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of fsspec's URLs, as ``hf://datasets/user/name``, rather than a local one."""
+    return URL.match(os.fspath(path)) is not None
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -80,7 +88,9 @@ class Unlabelled(Section):
 
 
 class Data(Section):
-    train: str  # shards written by `fpd-accel prepare`
+    train: str  # shards written by `fpd-accel prepare`, or the folder or URL of what `fpd-accel publish` wrote
+    streaming: bool = False  # images to train on are read where they were published, a window at a time, not cached
+    stream_window: Positive = 16  # row groups that are mixed with each other; thrice as many lie on the local disk
     valid: str | None = None  # shards of the held-out people; None: never evaluate
     unlabelled: Unlabelled | None = None  # more people to train on, with the teacher alone
     synthetic: Synthetic | None = None
@@ -431,6 +441,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
     if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
         mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
+    if recipe.data.synthetic is not None and any(map(is_url, map(str, (recipe.data.train, recipe.data.valid)))):
+        mistakes.append("data.synthetic: draws into folders, but data.train or data.valid is a URL; leave it out")
+    if recipe.data.streaming and recipe.data.unlabelled is not None and recipe.data.unlabelled.boxes is not None:
+        mistakes.append(
+            "data.streaming: boxes need their images at hand; leave out data.unlabelled.boxes, or streaming"
+        )
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -494,7 +510,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
         ("data.valid", None if drawn else recipe.data.valid),
         ("data.unlabelled.shards", unlabelled.shards if unlabelled is not None else None),
     ):
-        if shards is not None and not (Path(shards) / "dataset.json").is_file():
+        if shards is not None and not is_url(shards) and not (Path(shards) / "dataset.json").is_file():
             mistakes.append(
                 f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
             )

@@ -15,6 +15,7 @@ from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
+from fpd_accel.data.window import open_training
 from fpd_accel.errors import ConfigError, TrainingError
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
 from fpd_accel.log import say
@@ -154,7 +155,7 @@ def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator) -> None:
 
 
 def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
-    train = Shards(recipe.data.train)
+    train = open_training(recipe.data.train, streaming=recipe.data.streaming, window=recipe.data.stream_window)
     valid = Shards(recipe.data.valid) if recipe.data.valid is not None else None
     if valid is not None and valid.skeleton.keypoints != train.skeleton.keypoints:
         raise ConfigError(
@@ -173,7 +174,7 @@ def _open_unlabelled(recipe: Recipe) -> Shards | None:
     options = recipe.data.unlabelled
     if options is None:
         return None
-    shards = Shards(options.shards)
+    shards = open_training(options.shards, streaming=recipe.data.streaming, window=recipe.data.stream_window)
     if options.boxes is not None:
         shards = open_detections(shards, options.boxes, threshold=options.box_threshold)
     _refuse_nobody("data.unlabelled.shards", shards)

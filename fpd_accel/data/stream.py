@@ -23,11 +23,6 @@ from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 
 
-def epoch_order(people: int, seed: int, epoch: int, *, source: int = 0) -> np.ndarray:
-    """The permutation of one epoch of a dataset."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source])).permutation(people)
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a sample comes from: which dataset, which pass over it, which row of its people."""
@@ -50,7 +45,7 @@ class Source:
         epoch, position = divmod(sample, len(self.shards))
         if seed is not None:
             if self.order[0] != epoch:
-                self.order = epoch, epoch_order(len(self.shards), seed, epoch, source=self.number)
+                self.order = epoch, self.shards.order(seed, epoch, source=self.number)
             position = int(self.order[1][position])
         return Place(self.number, epoch, int(self.shards.usable[position]))
 
