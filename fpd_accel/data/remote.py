@@ -2,15 +2,14 @@
 
 ``dataset.json`` lists the files with size, SHA-256 and row groups, so that what arrives is known to be what was
 published. The cache lies beside that of ``datasets`` (``HF_DATASETS_CACHE``), a folder for each content and layout:
-``people/`` and ``images/`` as Arrow, one file for each of Parquet, each part downloaded by one process of the node and
-renamed once it is whole. Another dataset under the same URL gets another folder.
+``people/`` and ``images/`` as Arrow, a folder for each Parquet file, each part downloaded by one process of the node
+and renamed once it is whole. Another dataset under the same URL gets another folder.
 """
 
 import hashlib
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from filelock import FileLock
 from fsspec.core import url_to_fs
+from huggingface_hub.errors import OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, Field
 
 from fpd_accel.config import is_url
@@ -37,7 +37,7 @@ PARTS: tuple[Part, ...] = ("people", "images")
 WAITS = (1.0, 4.0, 10.0)  # seconds before each further try of a download
 AGAIN = "publish the dataset again"
 READ_AHEAD = 2**18  # bytes: the small columns of a row group in one request, its footer in another
-PERMANENT = (ImportError, NotImplementedError, PermissionError, ValueError)  # of a file system: no try will change it
+PERMANENT = (ImportError, NotImplementedError, OfflineModeIsEnabled, PermissionError, ValueError)  # no try changes it
 
 Count = Annotated[int, Field(ge=1)]
 Result = TypeVar("Result")
@@ -177,33 +177,34 @@ class Published:
         with written_to(folder), locked(self.folder / f"{part}.lock"):
             if folder.is_dir():  # another process was first
                 return folder
-            for left in self.folder.glob(f".{part}.*"):  # by a process that was killed
-                shutil.rmtree(left)
-            staging = self.folder / f".{part}.{uuid.uuid4().hex[:8]}"
-            try:
-                (staging / "arrow").mkdir(parents=True)
-                for number, file in enumerate(track(files, f"downloading {part}", total=len(files))):
-                    self._convert(file, staging, staging / "arrow" / f"{number:05}")
-                (staging / "arrow").rename(folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+            staging = self.folder / f".{part}"
+            (staging / "arrow").mkdir(parents=True, exist_ok=True)
+            for number, file in enumerate(track(files, f"downloading {part}", total=len(files))):
+                arrow = staging / "arrow" / f"{number:05}"
+                if not arrow.is_dir():  # else it is there since a start that was interrupted
+                    self._convert(file, staging / "work").rename(arrow)
+            shutil.rmtree(staging / "work", ignore_errors=True)
+            (staging / "arrow").rename(folder)
+            staging.rmdir()
         return folder
 
-    def _convert(self, file: PublishedFile, staging: Path, arrow: Path) -> None:
-        """One Parquet file, downloaded and verified, as Arrow."""
-        url, downloads = join(self.path, file.path), staging / "downloads"
-        options = datasets.DownloadConfig(cache_dir=str(downloads), disable_tqdm=True)
-        downloaded = Path(persistently(url, lambda: datasets.DownloadManager(download_config=options).download(url)))
-        check_size(url, downloaded.stat().st_size, file)
-        with downloaded.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                raise DataError(f"{url}: not the file that dataset.json describes (SHA-256); {AGAIN}")
+    def _convert(self, file: PublishedFile, work: Path) -> Path:
+        """A folder of one Parquet file as Arrow, downloaded and verified."""
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "arrow").mkdir(parents=True)
+        url, options = join(self.path, file.path), datasets.DownloadConfig(cache_dir=str(work / "parquet"))
         with quiet_datasets():
-            rows = Dataset.from_parquet(str(downloaded), cache_dir=str(staging / "work"))
-        for number, written in enumerate(rows.cache_files):
-            Path(written["filename"]).rename(arrow.with_name(f"{arrow.name}-{number:05}.arrow"))
-        for folder in (downloads, staging / "work"):
-            shutil.rmtree(folder, ignore_errors=True)
+            manager = datasets.DownloadManager(download_config=options)
+            downloaded = Path(persistently(url, lambda: manager.download(url)))
+            check_size(url, downloaded.stat().st_size, file)
+            with downloaded.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
+                    raise DataError(f"{url}: not the file that dataset.json describes (SHA-256); {AGAIN}")
+            rows = Dataset.from_parquet(str(downloaded), cache_dir=str(work / "cache"))
+        for written in rows.cache_files:
+            path = Path(written["filename"])
+            path.rename(work / "arrow" / path.name)
+        return work / "arrow"
 
     @cached_property
     def groups(self) -> list[tuple[PublishedFile, int]]:
@@ -248,8 +249,8 @@ def check_size(url: str, size: int, file: PublishedFile) -> None:
 
 
 def open_arrow(folder: Path) -> Dataset:
-    """The Arrow files of a folder as one dataset, memory-mapped."""
-    return datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*.arrow"))])
+    """The Arrow files of a cached part as one dataset, memory-mapped."""
+    return datasets.concatenate_datasets([Dataset.from_file(str(path)) for path in sorted(folder.glob("*/*.arrow"))])
 
 
 @contextmanager
