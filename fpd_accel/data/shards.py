@@ -173,8 +173,9 @@ class Shards:
 
     def order(self, seed: int, epoch: int, *, source: int) -> np.ndarray:
         """The permutation of ``range(len(self))`` that is one epoch of dataset number ``source`` of a mixture."""
-        generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source]))
-        return generator.permutation(np.arange(len(self), dtype=np.int32))  # drawn as of int64, in half the memory
+        order = np.arange(len(self), dtype=np.int32)  # each worker has one: 4 MB for a million people
+        np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source])).shuffle(order)
+        return order
 
 
 class ShardWriter:

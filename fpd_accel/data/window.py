@@ -65,6 +65,9 @@ class StreamedShards(Shards):
             f"{kept * size / 1e6:.1f} MB of them at a time in {self.published.folder / 'stream'}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_members"}
+
     @cached_property
     def images(self) -> Any:
         assert self.published is not None
