@@ -48,10 +48,8 @@ def warn(message: str) -> None:
 
 def fail(error: Exception) -> int:
     """Print what the user got wrong, once per job and without a traceback; the exit code for it."""
-    # What a loader's worker raises arrives as text, after a traceback of its own.
-    message = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].rstrip()
     if is_main_process():
-        console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
     return 2
 
 

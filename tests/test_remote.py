@@ -503,9 +503,7 @@ def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -
         _ = StreamedShards(published, window=WINDOW).images[[3]]
 
 
-def test_a_stream_that_breaks_off_says_so_in_one_message(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    from fpd_accel.log import fail
-
+def test_a_stream_that_breaks_off_is_tried_again_and_then_named(server: Server) -> None:
     shards = StreamedShards(f"{server.url}/train", window=WINDOW)
     server.broken = 2
     stream(shards).batch(range(1))  # the third try succeeds
@@ -513,12 +511,8 @@ def test_a_stream_that_breaks_off_says_so_in_one_message(server: Server, capsys:
     message = r"images/0000\d\.parquet: cannot be read \(.*\), tried 3 times; the last checkpoint is intact: the same"
     with pytest.raises(DataError, match=message):
         stream(shards).batch(range(len(shards)))
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError, match=message):
         list(make_loader(stream(shards, batch_size=4), 1, CPU))
-    assert fail(caught.value) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: {server.url}/train/images/0000")
-    assert "Traceback" not in said
 
 
 def test_evaluation_by_a_url_is_that_of_local_shards(server: Server, tiny_shards: Path, tmp_path: Path) -> None:
