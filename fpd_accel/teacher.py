@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from fpd_accel.data.batch import Normalization
+from fpd_accel.models.base import PoseModel
 from fpd_accel.outputs import Output, each
 
 
@@ -23,19 +25,29 @@ class Teacher:
         normalization: Normalization | None = None,
         precision: torch.dtype = torch.float32,
         compile: bool = False,
+        shard: bool = False,
     ) -> None:
-        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are."""
+        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are.
+
+        ``shard``: each rank keeps a part of the weights, and the parts that the network names as its ``units`` are
+        gathered one at a time; all ranks have to ask together.
+        """
         self.model = model.eval().requires_grad_(False).to(device)
+        if shard:
+            for unit in (*(model.unit_modules() if isinstance(model, PoseModel) else ()), model):
+                fully_shard(unit, reshard_after_forward=True)
         self.model.train = self._decline  # type: ignore[method-assign]
         self.normalization = normalization or Normalization()
         self.device, self.precision = torch.device(device), precision
+        # What is gathered under inference mode cannot be gathered into anywhere else, say in an evaluation.
+        self._without_gradients = torch.no_grad if shard else torch.inference_mode
         if compile:
             self.model.compile()
 
     def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> tuple[Output, ...]:
         """Every stage's output, float32, as ordinary tensors that a student's loss may save for its backward pass."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
-        with torch.inference_mode(), autocast:
+        with self._without_gradients(), autocast:
             stages = [each(stage, Tensor.float) for stage in self.model(self.normalization(crops))]
         # Outside the context: an inference tensor cannot enter autograd.
         return tuple(each(stage, Tensor.clone) for stage in stages)

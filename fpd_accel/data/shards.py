@@ -89,6 +89,7 @@ class Shards:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path | str = str(path) if is_url(path) else Path(path)
         self.published: Published | None = None
+        self._stamps: dict[Path, tuple[int, ...] | None] = {}
         name, content = f"{self.path}/dataset.json", read_description(self.path)
         try:
             self.description: dict[str, Any] = json.loads(content)
@@ -129,6 +130,7 @@ class Shards:
     def _open(self, name: Part) -> Dataset:
         folder = self.folders[name]
         try:
+            self._stamps |= {path: _stamp(path) for path in folder.rglob("*.arrow")}
             if self.published is None:
                 return datasets.load_from_disk(str(folder))
             dataset = open_arrow(folder)
@@ -138,6 +140,14 @@ class Shards:
             again = "prepare the dataset again" if self.published is None else "remove it, to download it again"
             raise DataError(f"{folder}: cannot be opened ({error}); {again}") from None
         return dataset
+
+    def changed(self) -> str | None:
+        """Which file is no longer the one that was opened, if any: those who open it next would read something else."""
+        for path, stamp in self._stamps.items():
+            now = _stamp(path)
+            if now != stamp:
+                return f"{path}: was {'removed' if now is None else 'changed'}"
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -176,6 +186,15 @@ class Shards:
         order = np.arange(len(self), dtype=np.int32)  # each worker has one: 4 MB for a million people
         np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source])).shuffle(order)
         return order
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that has taken its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class ShardWriter:
