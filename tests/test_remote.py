@@ -598,6 +598,23 @@ def test_a_killed_run_on_a_stream_resumes_bit_for_bit(
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_run_whose_stream_breaks_off_ends_with_one_line_and_keeps_its_checkpoint(
+    server: Server, tiny_recipe: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    recipe = tiny_recipe(
+        data={"train": f"{server.url}/train", "workers": 1, "streaming": True, "stream_window": WINDOW},
+        evaluate={"every_epochs": None},
+    )
+    train(recipe)
+    server.stop()
+    for path in cache.rglob("stream/*.arrow"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"images/0000\d\.parquet: cannot be read .* the last checkpoint is") as caught:
+        train(recipe, "train.steps=8")
+    assert "\n" not in str(caught.value)
+    assert read_state(newest_whole(tmp_path / "tiny" / "checkpoints"))["step"] == 4
+
+
 def test_a_resume_that_would_change_the_order_is_refused(
     server: Server, tiny_recipe: Callable[..., Path], tiny_shards: Path
 ) -> None:
