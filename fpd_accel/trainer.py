@@ -16,6 +16,7 @@ from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers,
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy
@@ -52,7 +53,7 @@ class Trainer:
         *,
         student: nn.Module,
         teacher: Teacher | None,
-        train: Shards,
+        train: Shards | Mixture,
         valid: Shards | None,
         unlabelled: Shards | None = None,
         teacher_codec: PoseCodec | None = None,

@@ -27,6 +27,7 @@ from fpd_accel.checkpoint import checkpoints, newest_whole, read_state
 from fpd_accel.config import Augment, is_url, load_recipe
 from fpd_accel.data import remote
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.parquet import publish
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
@@ -122,7 +123,7 @@ def assert_same(found: Batch, expected: Batch) -> None:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def stream(shards: Shards, batch_size: int = 1, **options: Any) -> PoseStream:
+def stream(shards: Shards | Mixture, batch_size: int = 1, **options: Any) -> PoseStream:
     options = {"augment": Augment(), "seed": 5} | options
     return PoseStream(shards, input_size=SMALL, batch_size=batch_size, **options)
 
@@ -533,6 +534,21 @@ def test_evaluation_by_a_url_is_that_of_local_shards(server: Server, tiny_shards
     detected = [open_detections(shards, str(tmp_path / "boxes.json"), threshold=0.1) for shards in both]
     assert detected[0].fingerprint == detected[1].fingerprint
     assert_same(*(stream(shards, augment=None).batch(range(4)) for shards in detected))
+
+
+def test_streams_are_mixed_as_other_datasets_are(server: Server, tiny_valid: Path, tmp_path: Path) -> None:
+    publish(Shards(tiny_valid), str(server.folder / "valid"), images_per_group=1)
+    parts = [StreamedShards(f"{server.url}/{name}", window=WINDOW) for name in ("train", "valid")]
+    mixture = Mixture(tuple(parts))
+    rows: list[list[int]] = [[], []]
+    mixed = stream(mixture)
+    for sample in range(len(mixture)):
+        number, own = mixture.locate(sample)
+        assert mixed.batch(range(sample, sample + 1)).rows.tolist() == [
+            parts[number].usable[parts[number].order(5, 0, source=number)[own]]
+        ]
+        rows[number].append(own)
+    assert [len(own) for own in rows] == [len(shards) for shards in parts]
 
 
 # --- training ---------------------------------------------------------------------------------------------------

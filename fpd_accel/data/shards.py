@@ -114,7 +114,11 @@ class Shards:
             raise DataError(f"{self.path}: prepared for its own machine; write it there with `fpd-accel publish`")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("images", "people")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("images", "people", "usable")}
+
+    def open(self) -> None:
+        """Map the files. Workers that are forked after that share what is known of them, and need not read it again."""
+        _ = self.images, self.people, self.usable
 
     @cached_property
     def images(self) -> Dataset:
