@@ -116,7 +116,7 @@ class Data(Section):
             custom_error_type="kind_of_train",
             custom_error_message="is neither the path of a dataset nor a list of {shards: PATH, weight: NUMBER}",
         ),
-    ]  # shards that `fpd-accel prepare` wrote, the folder or URL of what `fpd-accel publish` wrote, or a list of several
+    ]  # what `fpd-accel prepare` wrote, the folder or URL of what `fpd-accel publish` wrote, or a list of several
     streaming: bool = False  # images to train on are read where they were published, a window at a time, not cached
     stream_window: Positive = 16  # row groups that are mixed with each other; thrice as many lie on the local disk
     valid: str | None = None  # shards of the held-out people; None: never evaluate
