@@ -64,10 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     detect.set_defaults(run=_detect)
 
     check = commands.add_parser("check", help="look at prepared data before training on them")
-    check.add_argument("data", help="shards written by fpd-accel prepare")
+    check.add_argument(
+        "data", help="shards written by fpd-accel prepare, or folder or URL written by fpd-accel publish"
+    )
     check.add_argument("--output", type=Path, metavar="PICTURE.png", help="contact sheet of labelled people to write")
     check.add_argument("--json", type=Path, metavar="FILE", help="the whole report to write, for programs")
     check.set_defaults(run=_check)
+
+    publish = commands.add_parser("publish", help="write shards as Parquet, for the Hub or another place to train from")
+    publish.add_argument("data", metavar="SHARDS", help="written by fpd-accel prepare")
+    publish.add_argument("output", help="folder to make, or a URL: hf://datasets/USER/NAME, s3://BUCKET/NAME, ...")
+    publish.add_argument(
+        "--group", type=int, default=128, help="images of a row group, what a stream fetches at once (default: 128)"
+    )
+    publish.add_argument("--file-size", type=int, default=256, help="megabytes of a file, about (default: 256)")
+    publish.set_defaults(run=_publish)
 
     predict = commands.add_parser("predict", help="find the keypoints of people in images")
     predict.add_argument("images", nargs="+", type=Path, help="image files")
@@ -196,6 +207,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
         say(f"next: fpd-accel check {shards.path} --output PICTURE.png")
     else:
         say(f"next: fpd-accel detect {arguments.images} --annotations {arguments.annotations} --output BOXES.json")
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from fpd_accel.data.parquet import publish
+    from fpd_accel.data.shards import Shards
+
+    if arguments.group < 1 or arguments.file_size < 1:
+        raise DataError("--group and --file-size: at least 1")
+    layout = publish(
+        Shards(arguments.data),
+        arguments.output,
+        images_per_group=arguments.group,
+        file_size=10**6 * arguments.file_size,
+    )
+    files = layout.images + layout.people
+    groups = sum(len(file.groups) for file in layout.images)
+    say(f"{arguments.output}: {sum(file.size for file in files) / 1e6:.1f} MB in {len(files)} files, "
+        f"{layout.rows('images')} images in {groups} row groups, {layout.rows('people')} people")  # fmt: skip
 
 
 def _detect(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
+URL = re.compile(r"(?:[A-Za-z][\w+.-]*::)*[A-Za-z][\w+.-]*://")
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one of fsspec's URLs, as ``hf://datasets/user/name``, rather than a local one."""
+    return URL.match(os.fspath(path)) is not None
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -108,7 +116,9 @@ class Data(Section):
             custom_error_type="kind_of_train",
             custom_error_message="is neither the path of a dataset nor a list of {shards: PATH, weight: NUMBER}",
         ),
-    ]  # shards written by `fpd-accel prepare`, or a list of several
+    ]  # what `fpd-accel prepare` wrote, the folder or URL of what `fpd-accel publish` wrote, or a list of several
+    streaming: bool = False  # images to train on are read where they were published, a window at a time, not cached
+    stream_window: Positive = 16  # row groups that are mixed with each other; thrice as many lie on the local disk
     valid: str | None = None  # shards of the held-out people; None: never evaluate
     unlabelled: Unlabelled | None = None  # more people to train on, with the teacher alone
     synthetic: Synthetic | None = None
@@ -479,6 +489,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
         mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     mistakes += _train_contradictions(recipe.data)
+    if recipe.data.synthetic is not None and any(map(is_url, map(str, (recipe.data.train, recipe.data.valid)))):
+        mistakes.append("data.synthetic: draws into folders, but data.train or data.valid is a URL; leave it out")
+    if recipe.data.streaming and recipe.data.unlabelled is not None and recipe.data.unlabelled.boxes is not None:
+        mistakes.append(
+            "data.streaming: boxes need their images at hand; leave out data.unlabelled.boxes, or streaming"
+        )
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -508,7 +524,7 @@ def _train_contradictions(data: Data) -> list[str]:
     """The same for a list of datasets."""
     if isinstance(data.train, str):
         return []
-    mistakes, paths = [], [os.path.normpath(dataset.shards) for dataset in data.train]
+    mistakes, paths = [], [_normal(dataset.shards) for dataset in data.train]
     if len({dataset.weight is None for dataset in data.train}) > 1:
         mistakes.append("data.train: some have a weight and some have none; give one to each, or to none")
     repeated = sorted({path for path in paths if paths.count(path) > 1})
@@ -516,6 +532,10 @@ def _train_contradictions(data: Data) -> list[str]:
     if data.synthetic is not None:
         mistakes.append("data.synthetic: draws one dataset, but data.train is a list; name a path, or leave it out")
     return mistakes
+
+
+def _normal(path: str) -> str:
+    return path.rstrip("/") if is_url(path) else os.path.normpath(path)
 
 
 def _objective_contradictions(recipe: Recipe) -> list[str]:
@@ -556,7 +576,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
         ("data.valid", None if drawn else recipe.data.valid),
         ("data.unlabelled.shards", unlabelled.shards if unlabelled is not None else None),
     ):
-        if shards is not None and not (Path(shards) / "dataset.json").is_file():
+        if shards is not None and not is_url(shards) and not (Path(shards) / "dataset.json").is_file():
             mistakes.append(
                 f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
             )

@@ -21,6 +21,7 @@ from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
+from fpd_accel.data.window import open_training
 from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
 from fpd_accel.log import say, warn
@@ -211,7 +212,10 @@ def _open_data(recipe: Recipe) -> tuple[Mixture, Shards | None]:
 def _open_labelled(recipe: Recipe) -> Mixture:
     labelled = recipe.data.labelled
     weights = [dataset.weight for dataset in labelled.values() if dataset.weight is not None]
-    opened = {path: Shards(dataset.shards) for path, dataset in labelled.items()}
+    streaming, window = recipe.data.streaming, recipe.data.stream_window
+    opened = {
+        path: open_training(dataset.shards, streaming=streaming, window=window) for path, dataset in labelled.items()
+    }
     for path, shards in opened.items():
         _refuse_nobody(path, shards)
     return Mixture(tuple(opened.values()), tuple(weights) or None)
@@ -222,7 +226,7 @@ def _open_unlabelled(recipe: Recipe) -> Shards | None:
     options = recipe.data.unlabelled
     if options is None:
         return None
-    shards = Shards(options.shards)
+    shards = open_training(options.shards, streaming=recipe.data.streaming, window=recipe.data.stream_window)
     if options.boxes is not None:
         shards = open_detections(shards, options.boxes, threshold=options.box_threshold)
     _refuse_nobody("data.unlabelled.shards", shards)

@@ -16,7 +16,8 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
-from fpd_accel.data.shards import IMAGE_FEATURES, Shards, ShardWriter, people_features, quiet_datasets
+from fpd_accel.data.remote import quiet_datasets
+from fpd_accel.data.shards import IMAGE_FEATURES, Shards, ShardWriter, people_features
 from fpd_accel.errors import DataError
 from fpd_accel.log import say, track
 from fpd_accel.skeleton import COCO

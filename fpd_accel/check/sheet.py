@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -58,7 +59,7 @@ def contact_sheet(shards: Shards, labels: Labels, chosen: Sequence[Choice]) -> U
     blank = np.full((CELL[0] + CAPTION, CELL[1], 3), 255, np.uint8)
     cells += [blank] * (-len(cells) % COLUMNS)
     lines = [np.concatenate(cells[start : start + COLUMNS], axis=1) for start in range(0, len(cells), COLUMNS)]
-    title = f"{shards.path.name}: {len(chosen)} of {int(labels.usable.sum())} usable people. {EXPLANATION}"
+    title = f"{Path(shards.path).name}: {len(chosen)} of {int(labels.usable.sum())} usable people. {EXPLANATION}"
     return np.concatenate([_legend(shards.skeleton, title, COLUMNS * CELL[1]), *lines], axis=0)
 
 

@@ -1,7 +1,8 @@
 """The dataset on disk: images and people as memory-mapped Arrow, and a JSON that says what they are.
 
 ``images/`` has one row per image with its original bytes, never re-encoded; ``people/`` one flat row per person;
-``dataset.json`` the skeleton, the counts and where it came from. Opening costs milliseconds, whatever the size.
+``dataset.json`` the skeleton, the counts and where it came from. Opening costs milliseconds, whatever the size. What
+``fpd-accel publish`` wrote is opened by path or URL, and cached in this form (see ``remote.py``).
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import List as Sequence
 
+from fpd_accel.config import is_url
+from fpd_accel.data.remote import PARTS, Layout, Part, Published, open_arrow, quiet_datasets, read_description
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side, clip_box
 from fpd_accel.skeleton import Skeleton
@@ -75,33 +77,41 @@ def read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
 class Shards:
     """A prepared dataset, opened memory-mapped. Picklable: a worker opens it again.
 
+    ``path`` is a folder that `fpd-accel prepare` or `fpd-accel publish` wrote, or the URL of one of the latter.
+
     Raises:
-        DataError: the folder is not a prepared dataset, or one of another format, or part of it is missing.
+        DataError: the folder is not a prepared dataset, or one of another format, or part of it is missing or cannot
+            be downloaded.
     """
 
+    cached_parts: tuple[Part, ...] = PARTS  # of a published dataset: what is downloaded before its use
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path | str = str(path) if is_url(path) else Path(path)
+        self.published: Published | None = None
         self._stamps: dict[Path, tuple[int, ...] | None] = {}
-        description = self.path / "dataset.json"
-        if not description.is_file():
-            raise DataError(
-                f"{self.path}: not a prepared dataset (no dataset.json); write one with `fpd-accel prepare`"
-            )
+        name, content = f"{self.path}/dataset.json", read_description(self.path)
         try:
-            self.description: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+            self.description: dict[str, Any] = json.loads(content)
             found = self.description["format"]
             readable = OLDEST_FORMAT <= found <= FORMAT
             if readable:
                 self.skeleton = Skeleton.model_validate(self.description["skeleton"])
+            if readable and "parquet" in self.description:
+                layout = Layout.model_validate(self.description["parquet"])
+                self.published = Published.open(self.path, layout, fingerprint=self.description["sha256"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{description}: damaged ({error}); write the dataset again with `fpd-accel prepare`"
-            ) from None
+            raise DataError(f"{name}: damaged ({error}); write the dataset again with `fpd-accel prepare`") from None
         if not readable:
             raise DataError(
-                f"{description}: format {found}, but this version reads {OLDEST_FORMAT} to {FORMAT}; prepare the "
-                "dataset again"
+                f"{name}: format {found}, but this version reads {OLDEST_FORMAT} to {FORMAT}; prepare the dataset again"
             )
+        if self.published is not None:
+            self.folders = {part: self.published.cached(part) for part in self.cached_parts}
+        elif isinstance(self.path, Path):
+            self.folders = {part: self.path / part for part in PARTS}
+        else:
+            raise DataError(f"{self.path}: prepared for its own machine; write it there with `fpd-accel publish`")
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("images", "people", "usable")}
@@ -121,12 +131,19 @@ class Shards:
             return Dataset.from_dict({name: [] for name in features}, features=features).with_format("numpy")
         return self._open("people").with_format("numpy")
 
-    def _open(self, name: str) -> Dataset:
+    def _open(self, name: Part) -> Dataset:
+        folder = self.folders[name]
         try:
-            self._stamps |= {path: _stamp(path) for path in (self.path / name).glob("*.arrow")}
-            return datasets.load_from_disk(str(self.path / name))
+            self._stamps |= {path: _stamp(path) for path in folder.rglob("*.arrow")}
+            if self.published is None:
+                return datasets.load_from_disk(str(folder))
+            dataset = open_arrow(folder)
+            if len(dataset) != self.published.layout.rows(name):
+                raise ValueError(f"{len(dataset)} rows")
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{self.path / name}: cannot be opened ({error}); prepare the dataset again") from None
+            again = "prepare the dataset again" if self.published is None else "remove it, to download it again"
+            raise DataError(f"{folder}: cannot be opened ({error}); {again}") from None
+        return dataset
 
     def changed(self) -> str | None:
         """Which file is no longer the one that was opened, if any: those who open it next would read something else."""
@@ -301,15 +318,3 @@ class ShardWriter:
             )
             dataset.save_to_disk(str(self.staging / name))
         shutil.rmtree(cache)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """The library's own bars count Arrow shards, which mean nothing to the person waiting."""
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
