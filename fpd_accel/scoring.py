@@ -120,7 +120,7 @@ def ground_truth_predictions(shards: Shards, *, rows: np.ndarray | None = None) 
     A network says something about every keypoint, so unlabelled ones lie in the middle of the box. ``rows`` takes some
     usable people alone.
     """
-    rows = shards.usable if rows is None else rows
+    rows = np.asarray(shards.usable if rows is None else rows, dtype=np.int64)
     people = shards.people[rows]
     triples = people["keypoints"].reshape(len(rows), -1, 3)
     middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]

@@ -178,7 +178,7 @@ def test_shards_hold_the_bytes_of_the_images_and_every_number_of_the_people(sour
     assert people["score"].tolist() == [1, 1, 1, 1]
     assert people["keypoints"][3].tolist() == source.content["annotations"][3]["keypoints"]
     assert sorted(path.name for path in source.folder.iterdir()) == ["images", "people.json", "shards"]
-    assert sorted(path.name for path in source.output.iterdir()) == ["dataset.json", "images", "people"]
+    assert sorted(path.name for path in source.output.iterdir()) == ["dataset.json", "images", "people", "usable.npy"]
 
 
 def test_the_same_source_has_the_same_fingerprint_and_another_does_not(source: Source) -> None:
@@ -762,3 +762,16 @@ def test_pixels_are_normalised_by_the_mean_and_deviation_of_each_channel(color: 
     expected = (pixels / 255 - [0.1, 0.2, 0.3]) / [0.4, 0.5, 0.6]
     np.testing.assert_allclose(images.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-5)  # standard deviations
     assert images.dtype == torch.float32
+
+
+def test_usable_people_are_read_from_their_own_file(tiny_shards: Path, tmp_path: Path) -> None:
+    written = Shards(tiny_shards).usable
+    copy = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    (copy / "usable.npy").unlink()
+    np.testing.assert_array_equal(Shards(copy).usable, written)  # told by the people themselves
+    np.save(copy / "usable.npy", written[:-1])
+    with pytest.raises(DataError, match=r"usable\.npy: damaged"):
+        len(Shards(copy))
+    (copy / "usable.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match=r"usable\.npy: damaged"):
+        len(Shards(copy))

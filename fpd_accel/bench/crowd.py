@@ -6,6 +6,7 @@ Laid out as ``fpd-accel prepare`` does it, but written table by table: a million
 import math
 import os
 import shutil
+from array import array
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,7 @@ def draw_crowd(folder: Path, people: int) -> Shards:
         _write(writer.staging / "people", _people, people, people_features(COCO.num_keypoints))
         writer.digest.update(f"a crowd of {people}".encode())
         writer.counts = {"images": images, "people": people, "usable": people}
+        writer.usable_rows = array("i", range(people))
         writer.finish(source={"drawn by": "fpd-accel bench"}, skipped={})
     return Shards(output)
 

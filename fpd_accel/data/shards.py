@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from fpd_accel.skeleton import Skeleton
 
 FORMAT = 2  # since 2 people may have head sizes, and boxes that are not cut to the image
 OLDEST_FORMAT = 1
+USABLE = "usable.npy"  # int32 rows of the people that can be cropped; datasets written before it do without
 IMAGE_FEATURES = Features(
     {"id": Value("int64"), "file_name": Value("string"), "width": Value("int32"), "height": Value("int32")}
     | {"bytes": Value("binary")}
@@ -160,7 +162,16 @@ class Shards:
 
     @cached_property
     def usable(self) -> np.ndarray:
-        """Rows of ``people`` that can be cropped, in order."""
+        """Rows of ``people`` that can be cropped, in order; memory-mapped, so that processes share them."""
+        file = self.folders["people"].with_name(USABLE)
+        if self.published is None and file.is_file():  # else a column has to be read through
+            try:
+                rows = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+                if rows.shape != (self.description["counts"]["usable"],):
+                    raise ValueError(f"{rows.shape} rows")
+            except (OSError, ValueError, EOFError) as error:
+                raise DataError(f"{file}: damaged ({error}); prepare the dataset again") from None
+            return rows
         column = self.people.data.column("unused")
         chunks = [np.empty(0, dtype=bool), *(chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks)]
         return np.flatnonzero(np.concatenate(chunks))
@@ -233,6 +244,7 @@ class ShardWriter:
         if not clip_boxes:
             self.digest.update(b"boxes as they are")
         self.unused: dict[str, int] = {}
+        self.usable_rows = array("i")
 
     def __enter__(self) -> "ShardWriter":
         try:
@@ -265,6 +277,8 @@ class ShardWriter:
         def counted() -> Iterator[dict[str, Any]]:
             for record in records:
                 reason = record["unused"]
+                if not reason:
+                    self.usable_rows.append(self.counts["people"])
                 self.counts["people"] += 1
                 self.counts["usable"] += not reason
                 if reason:
@@ -300,6 +314,8 @@ class ShardWriter:
             "sha256": self.digest.hexdigest(),
             "skeleton": self.skeleton.model_dump(mode="json"),
         }
+        if self.counts["people"]:
+            np.save(self.staging / USABLE, np.asarray(self.usable_rows, dtype=np.int32), allow_pickle=False)
         (self.staging / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         try:
             self.staging.rename(self.output)
