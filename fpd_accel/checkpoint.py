@@ -3,17 +3,23 @@
 ``step_00001000/`` holds safetensors, ``state.json`` and ``MANIFEST.json`` with the size and SHA-256 of each file. It is
 written under a temporary name, flushed to the disk and renamed. Resuming takes the newest directory whose every byte is
 as the manifest says. There is no pickle in it.
+
+This relies on two things that local disks, NFS, Lustre and GPFS do: renaming a directory is all or nothing, and what
+was flushed stays. Object stores mounted as folders (gcsfuse, s3fs) rename file by file; a checkpoint caught half-way
+there is one that does not verify, and the one before it is taken.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from fpd_accel.errors import CheckpointError
 from fpd_accel.log import warn
@@ -29,16 +36,80 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 
 
+class CheckpointWriter:
+    """Writes checkpoints one after the other in a thread, so that training waits for none unless two would overlap."""
+
+    def __init__(self, directory: Path, *, background: bool = True) -> None:
+        self.directory, self._background = directory, background
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def submit(self, write: Callable[[], Path]) -> None:
+        """Begin to write; first wait for the checkpoint before it.
+
+        Raises:
+            CheckpointError: of the checkpoint before it, or without ``background`` of this one.
+        """
+        self.wait()
+        self._writing = self._thread.submit(write)
+        if not self._background:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last checkpoint is known not to have been written; :meth:`wait` says why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Let what is being written come to its end."""
+        self._thread.shutdown()
+
+
 def write_checkpoint(
     directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
 ) -> Path:
     """Write ``<directory>/step_N``, one safetensors file per entry of ``tensors``; then remove all but ``keep``.
 
     ``latest`` names the newest, for people and scripts; resuming does not rely on it.
+
+    Raises:
+        CheckpointError: it cannot be written; nothing of it is left, and those before it are as they were.
     """
+    staging = directory / f".step_{step:08d}.writing"
+    try:
+        return _write(directory, staging, step, tensors=tensors, state=state, keep=keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) / 1e6
+        before = checkpoints(directory)
+        intact = f"{before[-1].name}, before it, is intact" if before else "there is none before it"
+        raise CheckpointError(
+            f"{directory}: the checkpoint of step {step} ({needed:.0f} MB) could not be written: "
+            f"{getattr(error, 'strerror', None) or error}; {intact}; make room and run the same command again"
+        ) from None
+
+
+def _write(
+    directory: Path,
+    staging: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step_{step:08d}"
-    staging = directory / f".{final.name}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     for name, group in tensors.items():
@@ -50,15 +121,30 @@ def write_checkpoint(
     for path in (*staging.iterdir(), staging):
         _flush(path)
     if final.exists():  # a damaged one of the same step, which resuming passed over
-        shutil.rmtree(final)
+        _remove(final)
     staging.rename(final)
     _flush(directory)
     pointer = directory / ".latest"
     pointer.write_text(final.name + "\n", encoding="utf-8")
     pointer.replace(directory / "latest")
     for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove what a killed run was writing or removing; no checkpoint is among it."""
+    for pattern in (".step_*.writing", ".step_*.removing"):
+        for path in directory.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint under another name, so that half of it never looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -117,25 +203,31 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``<parameter name>::<entry>``, on the first rank; all ranks have to ask for it together.
+    """Copies of the optimizer's state as ``<parameter name>::<entry>``, whole on the first rank; all ranks have to ask.
 
     Hyperparameters are the recipe's and are not stored.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options)).get("state", {})  # type: ignore[assignment]
-    return {f"{name}::{key}": value for name, entries in state.items() for key, value in entries.items()}
+    return {
+        f"{name}::{key}": value.detach().to("cpu", copy=True)
+        for name, entries in state.items()
+        for key, value in entries.items()
+    }
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Put saved tensors back into an optimizer of the same model."""
+    """Put saved tensors back into an optimizer of the same model, sharded or not."""
     options = StateDictOptions(full_state_dict=True)
     whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))  # for its parameter groups
     parameters = dict(model.named_parameters())
     state: dict[str, Any] = {}
     for flat, tensor in load_file(path).items():
         name, _, key = flat.rpartition("::")
-        if tensor.shape == parameters[name].shape:  # fused kernels want the memory format of the parameter
-            tensor = torch.empty_like(parameters[name], dtype=tensor.dtype).copy_(tensor)
+        parameter = parameters[name]
+        if tensor.shape == parameter.shape and not isinstance(parameter, DTensor):
+            # fused kernels want the memory format of the parameter
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(name, {})[key] = tensor
     set_optimizer_state_dict(model, optimizer, {**whole, "state": state}, options=options)
 

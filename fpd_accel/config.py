@@ -112,6 +112,7 @@ class TeacherModel(Section):
     recipe: str | None = None  # trained first, with distill.mode=normal, when the weights do not exist yet
     overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
     compile: bool = False  # torch.compile; pays off on a GPU
+    shard: bool = False  # over the ranks, gathered block by block: for a teacher too large for one device
 
 
 class Distill(Section):
@@ -137,6 +138,9 @@ class Train(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; None: no moving average of the weights
     freeze_norm: bool = False  # keep the running statistics of normalisation layers, and use them
     channels_last: bool = True  # memory format of images and convolutions
+    parallel: Literal["auto", "ddp", "fsdp2"] = "auto"  # student copied to each rank, or sharded; auto: as launched
+    sync_norm: bool = False  # batch normalisation over the people of all ranks; GPUs alone
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # without progress, after which a process ends with a message
 
 
 class Optim(Section):
@@ -178,7 +182,9 @@ class Log(Section):
 
 class Checkpoint(Section):
     every_steps: Positive = 500
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = None  # and by the clock, since the last one
     keep: Positive = 2  # newest checkpoints on disk
+    background: bool = True  # written while training goes on; costs the memory of one checkpoint
 
 
 class Recipe(Section):
@@ -292,11 +298,11 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 
 # Fields that leave the trained weights alone: they may change when a run is resumed. Data and teacher are compared by
 # content, not by path, and the length of the run by the schedule it gives (see run_directory.py); initial weights have
-# done their part.
+# done their part. How a global batch is spread over devices matters to batch normalisation alone, and is said there.
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs", "evaluate",
-    "log", "checkpoint",
+    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs",
+    "train.device_batch", "train.parallel", "train.timeout_minutes", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 

@@ -1,8 +1,16 @@
 """What a user can get wrong, as exceptions: the command line prints their message alone and exits with code 2."""
 
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command goes on
+
+
+class Preempted(Exception):  # noqa: N818 - nothing is wrong
+    """A run was asked to stop and has saved where it is; started again, it goes on. No :class:`UserError`."""
+
 
 class UserError(ValueError):
     """Something outside the program is wrong. The message names the path, what is wrong with it and what to do."""
+
+    local = False  # True: only this process met it, so that it has to say so itself, whatever its rank
 
 
 class ConfigError(UserError):
@@ -27,3 +35,9 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: the loss is no longer finite, or the processes are not what the launcher promised."""
+
+
+def local(error: UserError) -> UserError:
+    """The error, as one that only this process has met."""
+    error.local = True
+    return error

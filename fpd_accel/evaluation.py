@@ -7,6 +7,7 @@ AP and AR.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fpd_accel.losses import Losses
 from fpd_accel.metrics import average_precision
 from fpd_accel.outputs import STRIDE, Output, SimCC, mean_output
 from fpd_accel.scoring import Predictions, crowding, ground_truth, head_accuracy, keypoint_accuracy, results
+from fpd_accel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +47,7 @@ def evaluate(
     compare: Compare | None = None,
     workers: int = 0,
     accelerator: "Accelerator | None" = None,
+    watchdog: Watchdog | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics of a network on every usable person of the shards, and the people it found in COCO's result format.
 
@@ -57,6 +60,7 @@ def evaluate(
         input_size: (height, width) of a crop, in place of ``codec`` where the outputs are plain heatmaps.
         compare: the objective; with it, the mean losses and the training accuracy are among the metrics.
         accelerator: where there are several ranks, each takes its share of the people and all get the metrics.
+        watchdog: is told of every batch, and waits while the first rank computes AP.
 
     Raises:
         DataError: the boxes cannot be used.
@@ -77,19 +81,21 @@ def evaluate(
         compare=compare if labelled else None,
         workers=workers,
         accelerator=accelerator,
+        watchdog=watchdog,
     )
     metrics: dict[str, float] = {}
     people: list[dict[str, Any]] = []
-    if accelerator is None or accelerator.is_main_process:
-        people = results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
-        metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
-        metrics |= crowding(shards, predictions, people)
-        if labelled:
-            metrics |= head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions) | losses
-    if accelerator is not None and accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
+    with watchdog.paused("evaluated") if watchdog is not None else nullcontext():
+        if accelerator is None or accelerator.is_main_process:
+            people = results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
+            metrics = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
+            metrics |= crowding(shards, predictions, people)
+            if labelled:
+                metrics |= head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions) | losses
+        if accelerator is not None and accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
 
-        metrics, people = broadcast_object_list([metrics, people])
+            metrics, people = broadcast_object_list([metrics, people])
     return metrics, people
 
 
@@ -143,6 +149,7 @@ def predict(
     compare: Compare | None = None,
     workers: int = 0,
     accelerator: "Accelerator | None" = None,
+    watchdog: Watchdog | None = None,
 ) -> tuple[Predictions, dict[str, float]]:
     """Keypoints of every usable person, each once, gathered from all ranks; with an objective, the mean losses too."""
     device = next(model.parameters()).device
@@ -164,6 +171,8 @@ def predict(
     model.eval()
     for batches in track(zip(*loaders, strict=True), "evaluating", total=len(streams[0])):
         outputs = []
+        if watchdog is not None:
+            watchdog.alive("evaluating")
         for scale, crops in zip(options.scales, batches, strict=True):
             batch = crops.to(device)
             images = normalization(batch.crops)
@@ -188,7 +197,11 @@ def predict(
     gathered = [_gather(parts, accelerator) for parts in (rows, keypoints, scores)]
     unique, first = np.unique(gathered[0], return_index=True)  # the last batches repeat people to be full
     predictions = Predictions(unique, gathered[1][first], gathered[2][first])
-    means = _gather([torch.stack(losses)], accelerator).mean(axis=0).tolist() if losses else []
+    means = []
+    if losses:  # of the batches in order; those past the last person are there to give every rank as many
+        values = _gather([torch.stack(losses)], accelerator).reshape(ranks, len(losses), -1)
+        in_order = values.swapaxes(0, 1).reshape(ranks * len(losses), -1)
+        means = in_order[: -(-len(shards) // options.batch)].mean(axis=0, dtype=np.float64).tolist()
     return predictions, dict(zip(("loss", "pose_loss", "kd_pose_loss", "acc"), means, strict=False))
 
 

@@ -47,9 +47,14 @@ def warn(message: str) -> None:
 
 
 def fail(error: Exception) -> int:
-    """Print what the user got wrong, once per job and without a traceback; the exit code for it."""
+    """Print what the user got wrong, once per job and without a traceback; the exit code for it.
+
+    What only one process has met, that one prints.
+    """
     if is_main_process():
         console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+    elif getattr(error, "local", False):
+        console.print(f"[red]error (rank {os.environ['RANK']}):[/red] {escape(str(error))}", soft_wrap=True)
     return 2
 
 

@@ -1,13 +1,18 @@
 """From a recipe to a finished run: data, teacher, student, and the table at the end. What is missing is made."""
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
@@ -15,61 +20,44 @@ from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
-from fpd_accel.errors import ConfigError, TrainingError
+from fpd_accel.errors import CheckpointError, ConfigError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
-from fpd_accel.log import say
+from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.models.simcc import SimCCModel
+from fpd_accel.processes import create_accelerator, on_first_rank
 from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
-from fpd_accel.run_directory import check_resume, find_checkpoint, provenance, write_recipe
+from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, write_recipe
+from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
 from fpd_accel.trainer import Trainer
 from fpd_accel.weights import load_weights
 
-
-def create_accelerator(precision: str) -> Accelerator:
-    """The one place that builds the Accelerator. The launcher says where to run, the recipe in which precision.
-
-    Raises:
-        TrainingError: the processes are not what the launcher promised, or an environment variable would overrule the
-            recipe.
-    """
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
-    if accelerator.num_processes != promised:
-        raise TrainingError(
-            f"{promised} processes were started, but each trains alone; without a GPU tell Accelerate so: "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N recipes/distill.py --config RECIPE.yaml"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise TrainingError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; accumulation follows from train.global_batch and "
-            "train.device_batch, so unset it"
-        )
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    return accelerator
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
-def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None = None) -> list[Score]:
+def run(
+    recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None = None, stop: StopRequest | None = None
+) -> list[Score]:
     """Do what a recipe says; return the rows of the table at the end: the teacher, where there is one, and the student.
 
     Args:
         resume: ``auto`` continues a run that has begun; ``none`` refuses one that has; or a checkpoint's directory.
+        stop: tells of a signal that asks for the end.
 
     Raises:
         UserError: anything outside the program that is wrong; the message says what to do.
+        Preempted: ``stop`` was asked for; where the run is has been saved.
     """
-    accelerator = accelerator or create_accelerator(recipe.train.precision)
+    accelerator = accelerator or create_accelerator(
+        recipe.train.precision, parallel=recipe.train.parallel, timeout_minutes=recipe.train.timeout_minutes
+    )
     _draw_missing_data(recipe, accelerator)
     train, valid = _open_data(recipe)
     unlabelled = _open_unlabelled(recipe)
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
-        _train_missing_teacher(recipe, accelerator)
+        _train_missing_teacher(recipe, accelerator, stop)
     set_seed(recipe.run.seed)
     student = _create_student(recipe, train.skeleton.num_keypoints)
     taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
@@ -80,46 +68,94 @@ def run(recipe: Recipe, *, resume: str = "auto", accelerator: Accelerator | None
         )
     if taught is not None:
         _check_objective(recipe, student, taught)
-    origin = provenance(
-        recipe,
-        data=train.fingerprint,
-        unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
-        teacher=(taught[0], taught[1].state_dict()) if taught else None,
-    )
-    checkpoint = find_checkpoint(recipe, resume)
-    state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_recipe(recipe)
-        if taught is not None and checkpoint is None:  # later it is known to be the same
-            save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
-    teacher = _freeze(taught, recipe, accelerator) if taught else None
-    trainer = Trainer(
-        recipe,
-        accelerator,
-        student=student,
-        teacher=teacher,
-        train=train,
-        valid=valid,
-        unlabelled=unlabelled,
-        teacher_codec=taught[0].create_codec() if taught is not None else None,
-        provenance=origin,
-    )
-    if checkpoint is not None:
-        trainer.restore(checkpoint, state)
-        say(f"resuming {recipe.run.directory} from {checkpoint.name}: step {trainer.step} of {trainer.total_steps}")
-    _announce(trainer, taught[0] if taught else None)
-    best = trainer.fit()
-    scores = []
-    if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
-        scores.append(Score("teacher", taught[0], _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)))
-    scores.append(Score("student", trainer.model_config, best))
+    with RunLock(recipe.run.directory) as lock, _disk_errors(recipe):
+        origin = provenance(
+            recipe,
+            data=train.fingerprint,
+            unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
+            teacher=(taught[0], taught[1].state_dict()) if taught else None,
+        )
+
+        def begin() -> tuple[Path | None, dict[str, Any]]:
+            is_new = not recipe.run.directory.exists()
+            if not is_new:
+                lock.acquire()
+            checkpoint = find_checkpoint(recipe, resume)
+            state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
+            lock.acquire()  # of a new run only now, so that one which is refused leaves no directory
+            write_recipe(recipe)
+            if taught is not None and checkpoint is None:  # later it is known to be the same
+                save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
+            return checkpoint, state
+
+        checkpoint, state = on_first_rank(accelerator, begin)
+        teacher = _freeze(taught, recipe, accelerator) if taught else None
+        trainer = Trainer(
+            recipe,
+            accelerator,
+            student=student,
+            teacher=teacher,
+            train=train,
+            valid=valid,
+            unlabelled=unlabelled,
+            teacher_codec=taught[0].create_codec() if taught is not None else None,
+            provenance=origin,
+            stop=stop,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint, state)
+            _say_where(trainer, checkpoint, state)
+        _announce(trainer, taught[0] if taught else None)
+        best = trainer.fit()
+        scores = []
+        if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
+            metrics = _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)
+            scores.append(Score("teacher", taught[0], metrics))
+        scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
     if accelerator.is_main_process and valid is not None:
         show_scores(
             f"{recipe.run.name} ({recipe.distill.mode}), held out: {describe_protocol(valid, recipe.evaluate)}", scores
         )
     return scores
+
+
+@contextmanager
+def _disk_errors(recipe: Recipe) -> Iterator[None]:
+    """A disk that takes no more is nothing that the program did."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
+            raise
+        raise local(
+            CheckpointError(
+                f"{recipe.run.directory}: cannot be written: {error}; the checkpoints in it are intact; make room and "
+                "run the same command again"
+            )
+        ) from None
+
+
+def _say_where(trainer: Trainer, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Where a resumed run stands, and what another number of processes means to it."""
+    recipe = trainer.recipe
+    if trainer.step == trainer.total_steps:
+        say(
+            f"{recipe.run.directory}: finished already, at step {trainer.step}; to go on, raise train.steps or "
+            "train.epochs"
+        )
+        return
+    say(f"resuming {recipe.run.directory} from {checkpoint.name}: step {trainer.step} of {trainer.total_steps}")
+    before, now = state["topology"], trainer.topology
+    if before["ranks"] != now["ranks"]:
+        say(f"on {now['ranks']} processes, before on {before['ranks']}: the same people in every step")
+    seen = before.get("normalised_over", before["device_batch"])
+    normalised = any(isinstance(module, _BatchNorm) for module in trainer.student.network.modules())
+    if normalised and not recipe.train.freeze_norm and seen != now["normalised_over"]:
+        warn(
+            f"batch normalisation sees {now['normalised_over']} people at a time, before {seen}: the curve goes on, "
+            "but not digit by digit; train.device_batch sets how many"
+        )
 
 
 def _draw_missing_data(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -144,12 +180,13 @@ def _draw_and_prepare(shards: Path, *, images: int, seed: int) -> None:
     prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=shards)
 
 
-def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator) -> None:
+def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator, stop: StopRequest | None) -> None:
     """Run the teacher's own recipe, or the rest of it, unless it has come to its end."""
     first = teacher_recipe(recipe)
-    if not (first.run.directory / "final" / "config.json").is_file():
+    final = first.run.directory / "final" / "config.json"
+    if not on_first_rank(accelerator, final.is_file):
         say(f"the teacher does not exist yet: training it by {recipe.teacher.recipe}")
-        run(first, accelerator=accelerator)
+        run(first, accelerator=accelerator, stop=stop)
         say(f"the teacher is trained; now its student, {recipe.run.name}")
 
 
@@ -271,6 +308,7 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         normalization=config.normalization,
         precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         compile=recipe.teacher.compile,
+        shard=recipe.teacher.shard and accelerator.num_processes > 1,
     )
 
 

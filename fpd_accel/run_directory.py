@@ -1,10 +1,15 @@
 """May this recipe go on in this run directory, and from where? Everything is checked before anything is written."""
 
 import hashlib
+import os
+import socket
+import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +17,14 @@ from torch import Tensor
 from fpd_accel.checkpoint import newest_whole, read_state
 from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, steps_per_epoch, total_steps
 from fpd_accel.errors import CheckpointError
-from fpd_accel.log import say
+from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig
 from fpd_accel.optim import learning_rate, teacher_share
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RECIPE_NAME = "recipe.yaml"
 PACKAGES = (
@@ -27,6 +37,73 @@ PACKAGES = (
     "numpy",
     "opencv-python-headless",
 )
+
+LOCK_NAME = ".lock"
+LOCK_PATIENCE = 3.0  # seconds that a lock is waited for: the run before may be on its way out
+
+
+class RunLock(AbstractContextManager["RunLock"]):
+    """One job at a time in a run directory.
+
+    A POSIX record lock on ``.lock``: the system gives it back however the job ends, and NFS passes it on between
+    machines. Where the file system has no locks, a warning says so and nothing is refused.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, making the directory; does nothing if it is held already.
+
+        Raises:
+            CheckpointError: another job has it, or the directory cannot be made.
+        """
+        if self._file is not None or fcntl is None:
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._file = (self.directory / LOCK_NAME).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"run.root: {self.directory}: cannot be made: {error.strerror}") from None
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while not self._try():
+            if time.monotonic() > deadline:
+                self._file.seek(0)
+                holder = self._file.read().strip() or "unknown"
+                self._file.close()
+                self._file = None
+                raise CheckpointError(
+                    f"{self.directory}: another job is training here ({holder}); wait for it, end it, or choose "
+                    "another run.name"
+                )
+            time.sleep(0.1)
+        self._file.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        self._file.write(f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}\n" if job else "\n"))
+        self._file.flush()
+
+    def _try(self) -> bool:
+        assert self._file is not None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            warn(
+                f"{self.directory}: this file system has no locks ({error.strerror}), so nothing keeps a second job "
+                "from training in it"
+            )
+        return True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.truncate(0)
+            self._file.close()
+            self._file = None
 
 
 def provenance(
@@ -119,11 +196,11 @@ def write_recipe(recipe: Recipe) -> None:
     """Put the resolved recipe into the run directory, whole or not at all."""
     try:
         recipe.run.directory.mkdir(parents=True, exist_ok=True)
+        staged = recipe.run.directory / f".{RECIPE_NAME}"
+        staged.write_text(dump_recipe(recipe), encoding="utf-8")
+        staged.replace(recipe.run.directory / RECIPE_NAME)
     except OSError as error:
-        raise CheckpointError(f"run.root: {recipe.run.directory}: cannot be made: {error.strerror}") from None
-    staged = recipe.run.directory / f".{RECIPE_NAME}"
-    staged.write_text(dump_recipe(recipe), encoding="utf-8")
-    staged.replace(recipe.run.directory / RECIPE_NAME)
+        raise CheckpointError(f"run.root: {recipe.run.directory}: cannot be written: {error.strerror}") from None
 
 
 def _schedule_differences(before: Recipe, after: Recipe, *, step: int, people: int) -> list[str]:

@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from fpd_accel.data.batch import Normalization
+from fpd_accel.models.base import PoseModel
 from fpd_accel.outputs import Output, each
 
 
@@ -23,9 +25,17 @@ class Teacher:
         normalization: Normalization | None = None,
         precision: torch.dtype = torch.float32,
         compile: bool = False,
+        shard: bool = False,
     ) -> None:
-        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are."""
+        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are.
+
+        ``shard``: each rank keeps a part of the weights, and the parts that the network names as its ``units`` are
+        gathered one at a time; all ranks have to ask together.
+        """
         self.model = model.eval().requires_grad_(False).to(device)
+        if shard:
+            for unit in (*(model.unit_modules() if isinstance(model, PoseModel) else ()), model):
+                fully_shard(unit, reshard_after_forward=True)
         self.model.train = self._decline  # type: ignore[method-assign]
         self.normalization = normalization or Normalization()
         self.device, self.precision = torch.device(device), precision

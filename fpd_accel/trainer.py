@@ -3,18 +3,16 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fpd_accel.checkpoint import optimizer_tensors, restore_optimizer, write_checkpoint
+from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers, write_checkpoint
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
@@ -22,17 +20,23 @@ from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
-from fpd_accel.errors import TrainingError
+from fpd_accel.errors import CheckpointError, DataError, Preempted, TrainingError, UserError, local
 from fpd_accel.evaluation import evaluate
 from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
-from fpd_accel.optim import create_optimizer, learning_rate, teacher_share
+from fpd_accel.optim import learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
+from fpd_accel.processes import Consensus, on_first_rank
 from fpd_accel.report import protocol
 from fpd_accel.scoring import selection_metric
+from fpd_accel.stop import StopRequest
+from fpd_accel.student import Student
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, save_picture
+from fpd_accel.watchdog import Watchdog
+
+HINT = "Another rank that hangs looks the same from here: see its own message. Raise train.timeout_minutes if it works."
 
 
 class Trainer:
@@ -53,6 +57,7 @@ class Trainer:
         unlabelled: Shards | None = None,
         teacher_codec: PoseCodec | None = None,
         provenance: dict[str, Any] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
@@ -60,8 +65,6 @@ class Trainer:
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe, len(train))
         self.total_steps = total_steps(recipe, len(train))
-        if recipe.train.channels_last:
-            student = student.to(memory_format=torch.channels_last)
         self.model_config = ModelConfig(
             arch=recipe.student.arch,
             skeleton=train.skeleton,
@@ -70,19 +73,20 @@ class Trainer:
             box_padding=recipe.data.box_padding,
             normalization=Normalization(color=recipe.student.color),
         )
-        self.bare = student.to(accelerator.device)  # the student without wrappers: what is saved and evaluated
-        optimizer = create_optimizer(self.bare, recipe.optim, accelerator.device)
-        self.average = self._moving_average()  # a copy, so before Accelerate puts its own forward on the student
-        self.student, self.optimizer = accelerator.prepare(self.bare, optimizer)
+        self.student = Student(student, accelerator, train=recipe.train, optim=recipe.optim)
         self.codec = self.model_config.create_codec()
         self.distiller = Distiller(
-            self.student, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
+            self.student.model, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
             normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.protocol = protocol(valid, recipe.evaluate) if valid is not None else {}  # what best_metrics hang on
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
+        self.stop = stop or StopRequest()
+        self.problem: UserError | None = None  # met by this process, and not yet known to the others
+        self.writer = CheckpointWriter(self.directory / "checkpoints", background=recipe.checkpoint.background)
+        self.saved_at, self.asked_to_save = time.monotonic(), False
 
     @property
     def directory(self) -> Path:
@@ -93,40 +97,60 @@ class Trainer:
         """People consumed so far: all the state that the data have."""
         return self.step * self.recipe.train.global_batch
 
+    @property
+    def topology(self) -> dict[str, int]:
+        """How a global batch is spread; ``normalised_over``: people whose statistics batch normalisation takes."""
+        ranks = self.accelerator.num_processes
+        return {
+            "ranks": ranks,
+            "device_batch": self.device_batch,
+            "accumulation": self.accumulation,
+            "normalised_over": self.device_batch * (ranks if self.recipe.train.sync_norm else 1),
+        }
+
     def fit(self) -> dict[str, float]:
-        """Train from the current step to the last, and return the metrics of the best student."""
-        recipe, accelerator = self.recipe, self.accelerator
-        with RunLog(
-            self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard
-        ) as self.log:
+        """Train from the current step to the last, and return the metrics of the best student.
+
+        Raises:
+            Preempted: a signal asked for a stop; where the run is has been saved.
+            UserError: it cannot go on; the checkpoints before that are intact.
+        """
+        recipe, accelerator, student = self.recipe, self.accelerator, self.student
+        with ExitStack() as stack:
+            self.log = stack.enter_context(
+                RunLog(self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard)
+            )
+            self.watchdog = stack.enter_context(
+                Watchdog(60 * recipe.train.timeout_minutes, rank=accelerator.process_index, hint=HINT)
+            )
+            self.consensus = Consensus(
+                ("stop", "save", "problem"), ranks=accelerator.num_processes, minutes=recipe.train.timeout_minutes
+            )
+            stack.callback(self.writer.close)
+            if accelerator.is_main_process:
+                clear_leftovers(self.writer.directory)
             if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
                 self._evaluate()  # of a finished run, by another protocol than before
             batches = self._batches()
-            self._train_mode()
+            student.train()
             while self.step < self.total_steps:
+                self.watchdog.alive(f"step {self.step + 1} of {self.total_steps}")
                 rate = learning_rate(
                     recipe.optim, self.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
                 self.distiller.alpha = teacher_share(recipe.distill, self.step, total_steps=self.total_steps)
                 began, waited = time.perf_counter(), 0.0
                 values = torch.zeros(len(self.meter.names), device=accelerator.device)
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
-                    batch = next(batches).to(accelerator.device)
+                    batch = self._next(batches).to(accelerator.device)
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
-                    with nullcontext() if is_last else accelerator.no_sync(self.student):
+                    with nullcontext() if is_last else accelerator.no_sync(student.model):
                         losses = self.distiller(batch)
                         accelerator.backward(losses.total / self.accumulation)
                     values += self._logged(losses) / self.accumulation
-                if recipe.train.clip_norm is not None:
-                    accelerator.clip_grad_norm_(self.student.parameters(), recipe.train.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                if self.average is not None:
-                    self.average.update_parameters(self.bare)
+                student.step(rate)
                 self.step += 1
                 self.meter.add(
                     values, step=self.step, epoch=self.step / self.steps_per_epoch, lr=rate,
@@ -140,8 +164,12 @@ class Trainer:
     def _after_step(self, batch: Batch, losses: Losses) -> None:
         """What happens every so many steps; nothing is saved before the losses so far are known to be finite."""
         recipe, step = self.recipe, self.step
+        raised = self.consensus.exchange(self._flags())
+        if "problem" in raised:
+            self._give_up()
         done = step == self.total_steps
-        saving = done or step % recipe.checkpoint.every_steps == 0
+        stopping = "stop" in raised and not done
+        saving = done or stopping or "save" in raised or step % recipe.checkpoint.every_steps == 0
         evaluating = self.valid_shards is not None and (done or self._crosses_epoch(recipe.evaluate.every_epochs))
         if saving or evaluating or step % recipe.log.every_steps == 0:
             self._flush()
@@ -150,9 +178,65 @@ class Trainer:
             self._picture(batch, losses)
         if evaluating:
             self._evaluate()
-            self._train_mode()
+            self.student.train()
         if saving:
-            self._save()
+            self._save(wait=done or stopping)
+        if stopping:
+            raise Preempted(
+                f"{self.directory}: asked to stop ({self.stop.name or 'on another rank'}); saved at step {step} of "
+                f"{self.total_steps}; the same command goes on from there"
+            )
+
+    def _flags(self) -> set[str]:
+        """What this process wants all of them to do."""
+        flags = {"stop"} if self.stop.name is not None else set()
+        minutes = self.recipe.checkpoint.save_every_minutes
+        if minutes is not None and not self.asked_to_save and self.accelerator.is_main_process:
+            self.asked_to_save = time.monotonic() - self.saved_at > 60 * minutes
+            flags |= {"save"} if self.asked_to_save else set()
+        if self.problem is None and self.writer.failed:
+            self._wait_for_writer()
+        return flags | ({"problem"} if self.problem is not None else set())
+
+    def _wait_for_writer(self) -> None:
+        try:
+            self.writer.wait()
+        except CheckpointError as error:
+            self.problem = error
+
+    def _give_up(self) -> None:
+        """End on every rank because of what one of them met."""
+
+        def first() -> None:
+            if self.problem is not None:
+                raise self.problem
+
+        on_first_rank(self.accelerator, first)
+        raise (
+            local(self.problem)
+            if self.problem is not None
+            else TrainingError(f"{self.directory}: another process ended the run; its own message says why")
+        )
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; what is wrong with the data, only this process knows."""
+        try:
+            return next(batches)
+        except DataError as error:  # from a loader process it comes with that one's traceback
+            raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise local(
+                DataError(
+                    f"{self.train_shards.path}: a loader process ended ({' '.join(str(error).split())}); were the "
+                    f"files changed under the job, or is memory short? {self._intact()}"
+                )
+            ) from None
+
+    def _intact(self) -> str:
+        found = checkpoints(self.writer.directory)
+        return f"{found[-1].name} is intact" if found else "there is no checkpoint yet"
 
     def _logged(self, losses: Losses) -> Tensor:
         """The values of one micro-batch in the order of the meter's names, left on the device."""
@@ -163,10 +247,7 @@ class Trainer:
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Put the student, its optimizer and the position in the data back to where a verified checkpoint was."""
-        self.bare.load_state_dict(load_file(checkpoint / "student.safetensors"), strict=True)
-        restore_optimizer(self.bare, self.optimizer.optimizer, checkpoint / "optimizer.safetensors")
-        if self.average is not None:
-            self.average.module.load_state_dict(load_file(checkpoint / "student_ema.safetensors"), strict=True)
+        self.student.restore(checkpoint)
         self.step = state["step"]
         if state.get("protocol") == self.protocol:
             self.best_metrics = state["best_metrics"]
@@ -192,30 +273,6 @@ class Trainer:
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 
-    def _train_mode(self) -> None:
-        self.student.train()
-        if self.recipe.train.freeze_norm:
-            for module in self.student.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
-
-    def _moving_average(self) -> AveragedModel | None:
-        decay = self.recipe.train.ema_decay
-        if decay is None:
-            return None
-        model = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        model.n_averaged.fill_(1)  # the initial weights are its first term; at 0 the first step would replace them
-        return model.requires_grad_(False)
-
-    def _average_buffers(self) -> None:
-        """Running statistics of normalisation layers, the mean over ranks: each rank saw its own people alone."""
-        if self.accelerator.num_processes == 1:
-            return
-        for model in (self.bare, *([] if self.average is None else [self.average.module])):
-            for buffer in model.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
-
     def _crosses_epoch(self, every: float | None) -> bool:
         """Whether this step went past a multiple of ``every`` epochs."""
         if every is None:
@@ -228,6 +285,10 @@ class Trainer:
         bad = next((record for record in records if record["train_loss"] - record["train_loss"] != 0), None)
         if bad is not None:
             self._stop(f"the loss of step {bad['step']} is {bad['train_loss']}")
+        for shards in (self.train_shards, self.valid_shards, self.unlabelled_shards):
+            changed = shards.changed() if shards is not None and self.problem is None else None
+            if changed is not None:
+                self.problem = DataError(f"{changed} while the run was reading it; {self._intact()}")
 
     def _stop(self, problem: str) -> None:
         raise TrainingError(
@@ -238,19 +299,20 @@ class Trainer:
     def _evaluate(self) -> None:
         """Metrics on the held-out people; the best student so far goes to ``best/``."""
         assert self.valid_shards is not None
-        self._average_buffers()
-        model = self.bare if self.average is None else self.average.module
-        metrics, people = evaluate(
-            model,
-            self.valid_shards,
-            codec=self.codec,
-            normalization=self.model_config.normalization,
-            padding=self.recipe.data.box_padding,
-            options=self.recipe.evaluate,
-            compare=self.distiller.compare,
-            workers=self.recipe.data.workers,
-            accelerator=self.accelerator,
-        )
+        self.student.average_buffers()
+        with self.student.averaged() as model:
+            metrics, people = evaluate(
+                model,
+                self.valid_shards,
+                codec=self.codec,
+                normalization=self.model_config.normalization,
+                padding=self.recipe.data.box_padding,
+                options=self.recipe.evaluate,
+                compare=self.distiller.compare,
+                workers=self.recipe.data.workers,
+                accelerator=self.accelerator,
+                watchdog=self.watchdog,
+            )
         self.log.evaluation(metrics, self.step, protocol=self.protocol)
         if metrics[self.selection] > self.best:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
@@ -261,42 +323,47 @@ class Trainer:
                 path.write_text(json.dumps(people), encoding="utf-8")
 
     def _save_model(self, name: str) -> None:
+        with self.student.averaged():
+            weights = self.student.weights()  # every rank takes part
         if self.accelerator.is_main_process:
-            model = self.bare if self.average is None else self.average.module
             source: dict[str, Any] = {"run": self.recipe.run.name, "step": self.step, "mode": self.recipe.distill.mode}
             source["valid"] = scores = self.best_metrics if self.best_metrics.get("step") == self.step else {}
             if scores and self.valid_shards is not None:
                 source["protocol"] = self.protocol
             config = self.model_config.model_copy(update={"source": source})
-            save_model(self.directory / name, model.state_dict(), config)
+            save_model(self.directory / name, weights, config)
 
-    def _save(self) -> None:
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.bare.parameters()]).all()
-        if not finite:  # the step after would have shown it, one checkpoint too late
+    def _save(self, *, wait: bool) -> None:
+        """Begin to write a checkpoint; with ``wait``, until it is on the disk."""
+        if not self.student.is_finite():  # the step after would have shown it, one checkpoint too late
             self._stop(f"the weights after step {self.step} are not finite")
-        self._average_buffers()
-        optimizer = optimizer_tensors(self.bare, self.optimizer.optimizer)  # every rank takes part
+        self.student.average_buffers()
+        tensors = self.student.state()
+        self.saved_at, self.asked_to_save = time.monotonic(), False
         if self.accelerator.is_main_process:
-            tensors = {"student": self.bare.state_dict(), "optimizer": optimizer}
-            if self.average is not None:
-                tensors["student_ema"] = self.average.module.state_dict()
             state = {
                 "samples": self.samples,
                 "best_metrics": self.best_metrics,
                 "protocol": self.protocol,
                 "seed": self.recipe.run.seed,
-                "topology": {
-                    "ranks": self.accelerator.num_processes,
-                    "device_batch": self.device_batch,
-                    "accumulation": self.accumulation,
-                },
+                "topology": self.topology,
                 **self.provenance,
             }
-            write_checkpoint(
-                self.directory / "checkpoints", self.step, tensors=tensors, state=state,
+            write = partial(
+                write_checkpoint, self.writer.directory, self.step, tensors=tensors, state=state,
                 keep=self.recipe.checkpoint.keep,
             )  # fmt: skip
-        self.accelerator.wait_for_everyone()
+            try:
+                self.writer.submit(write)
+            except CheckpointError as error:
+                self.problem = error
+        if wait:
+            on_first_rank(self.accelerator, self._written)
+
+    def _written(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+        self.writer.wait()
 
     def _finish(self) -> None:
         self._save_model("final")

@@ -2,6 +2,9 @@
 
 accelerate launch recipes/distill.py --config recipes/quickstart.yaml
 accelerate launch recipes/distill.py --config RECIPE.yaml --resume auto train.global_batch=64 optim.lr=5e-4
+
+Exit codes: 0 finished; 2 something outside the program is wrong; 75 stopped by SIGTERM or SIGUSR1, saved, and to be
+started again.
 """
 
 import argparse
@@ -9,8 +12,9 @@ import os
 import sys
 
 from fpd_accel.config import accumulation_steps, load_recipe
-from fpd_accel.errors import UserError
-from fpd_accel.log import fail
+from fpd_accel.errors import EXIT_PREEMPTED, Preempted, UserError
+from fpd_accel.log import fail, say
+from fpd_accel.stop import StopRequest
 
 
 def main() -> int:
@@ -25,12 +29,20 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values in place of the recipe's")
     arguments = parser.parse_intermixed_args()
+    with StopRequest() as stop:
+        return distill(arguments, stop)
+
+
+def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
     try:
         recipe = load_recipe(arguments.config, arguments.overrides)
         accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", "1")))
         from fpd_accel.run import run  # torch comes in here, behind every check that does not need it
 
-        run(recipe, resume=arguments.resume)
+        run(recipe, resume=arguments.resume, stop=stop)
+    except Preempted as reason:
+        say(str(reason))
+        return EXIT_PREEMPTED
     except UserError as error:
         return fail(error)
     return 0

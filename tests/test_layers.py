@@ -6,13 +6,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fpd_accel"
 LAYERS = [
-    {"errors"},
+    {"errors", "stop", "watchdog"},
     {"config", "skeleton"},
     {"files", "geometry", "log", "legacy", "outputs", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
-    {"run_directory", "trainer", "predict", "detect", "check", "import_weights"},
+    {"processes"},
+    {"student", "run_directory"},
+    {"trainer", "predict", "detect", "check", "import_weights"},
     {"run"},
     {"cli"},
 ]

@@ -81,6 +81,7 @@ class Shards:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._stamps: dict[Path, tuple[int, ...] | None] = {}
         description = self.path / "dataset.json"
         if not description.is_file():
             raise DataError(
@@ -118,9 +119,18 @@ class Shards:
 
     def _open(self, name: str) -> Dataset:
         try:
+            self._stamps |= {path: _stamp(path) for path in (self.path / name).glob("*.arrow")}
             return datasets.load_from_disk(str(self.path / name))
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{self.path / name}: cannot be opened ({error}); prepare the dataset again") from None
+
+    def changed(self) -> str | None:
+        """Which file is no longer the one that was opened, if any: those who open it next would read something else."""
+        for path, stamp in self._stamps.items():
+            now = _stamp(path)
+            if now != stamp:
+                return f"{path}: was {'removed' if now is None else 'changed'}"
+        return None
 
     @property
     def fingerprint(self) -> str:
@@ -153,6 +163,15 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.usable)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from one that has taken its place; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class ShardWriter:

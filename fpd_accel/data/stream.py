@@ -21,6 +21,7 @@ from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.stop import outlive_stop
 
 
 def epoch_order(people: int, seed: int, epoch: int, *, source: int = 0) -> np.ndarray:
@@ -203,5 +204,6 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
 
 
 def _start_worker(_: int) -> None:
-    """One thread per worker: OpenCV's own threads would fight with the other workers'."""
+    """One thread per worker: OpenCV's own threads would fight with the other workers'. It stops after its trainer."""
     cv2.setNumThreads(0)
+    outlive_stop()

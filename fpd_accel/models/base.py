@@ -20,6 +20,8 @@ class PoseModel(nn.Module):
     """Input pixels per heatmap pixel."""
     input_multiple: ClassVar[int]
     """Height and width of the input must be multiples of this."""
+    units: ClassVar[tuple[str, ...]] = ()
+    """Classes of its parts that are gathered one at a time where the network is sharded over several processes."""
     num_keypoints: int
     num_stages: int = 1
     """Entries of the tuple that `forward` returns."""
@@ -30,6 +32,11 @@ class PoseModel(nn.Module):
         if num_keypoints < 1:
             raise ModelError(f"num_keypoints must be at least 1, not {num_keypoints}")
         self.num_keypoints = num_keypoints
+
+    def unit_modules(self) -> list[nn.Module]:
+        """The parts that ``units`` names, of this network and of one inside it."""
+        names = {name for module in self.modules() if isinstance(module, PoseModel) for name in module.units}
+        return [module for module in self.modules() if type(module).__name__ in names]
 
     def check_input(self, images: Float[Tensor, "batch 3 height width"]) -> None:
         """Raise ModelError unless the size fits the downsampling. Host integers only: nothing waits for the device."""

@@ -72,6 +72,7 @@ class StackedHourglass(PoseModel):
     """`stacks` hourglasses with one output each. Default initialisation, convolutions with bias."""
 
     input_multiple: ClassVar[int] = 64
+    units: ClassVar[tuple[str, ...]] = ("Hourglass",)
 
     def __init__(self, num_keypoints: int, *, stacks: int, features: int) -> None:
         """Raises ModelError unless there is a stack and `features`, which the stem quarters, is a multiple of 4."""

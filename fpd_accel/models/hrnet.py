@@ -108,6 +108,7 @@ class HRNet(PoseModel):
     """
 
     input_multiple: ClassVar[int] = 32
+    units: ClassVar[tuple[str, ...]] = ("ExchangeModule",)
 
     def __init__(self, num_keypoints: int, *, width: int) -> None:
         super().__init__(num_keypoints)

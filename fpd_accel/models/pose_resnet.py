@@ -37,6 +37,7 @@ class PoseResNet(PoseModel):
     """
 
     input_multiple: ClassVar[int] = 32
+    units: ClassVar[tuple[str, ...]] = ("BasicBlock", "Bottleneck")
 
     def __init__(self, num_keypoints: int, *, depth: int) -> None:
         super().__init__(num_keypoints)

@@ -71,6 +71,7 @@ class TinyPose(PoseModel):
     """The network above; one output. `width` is the number of channels at stride 4, an even number."""
 
     input_multiple: ClassVar[int] = 16
+    units: ClassVar[tuple[str, ...]] = ("ResidualBlock",)
 
     def __init__(self, num_keypoints: int, *, width: int) -> None:
         super().__init__(num_keypoints)

@@ -148,6 +148,7 @@ class ViTPose(PoseModel):
     """A vision transformer of one of `SIZES` with a classic or simple head, for images of one size; one output."""
 
     input_multiple: ClassVar[int] = PATCH
+    units: ClassVar[tuple[str, ...]] = ("Block",)
 
     def __init__(
         self,

@@ -1,0 +1,158 @@
+"""One run on several processes: who is there, who decides, and how all of them act in the same step."""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from fpd_accel.errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Work
+
+Result = TypeVar("Result")
+Parallel = Literal["auto", "ddp", "fsdp2"]
+PATIENCE = 5  # times the timeout, that collective operations wait: the watchdog speaks first, and more clearly
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun, Open MPI, MPICH
+
+
+def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_minutes: float = 30.0) -> Accelerator:
+    """The one place that builds the Accelerator. The launcher says where to run, the recipe in which precision.
+
+    Args:
+        parallel: ``ddp`` copies the student to every rank, ``fsdp2`` shards it; ``auto``: as the launcher says.
+        timeout_minutes: after which a collective operation counts as hanging (times ``PATIENCE``).
+
+    Raises:
+        TrainingError: the processes are not what the launcher promised, or an environment variable would overrule the
+            recipe.
+    """
+    _check_launcher()
+    sharded = parallel == "fsdp2" or (parallel == "auto" and _environment_says("ACCELERATE_USE_FSDP"))
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # from here on the argument decides, not the variable
+    # Batch statistics are float32 and must stay so: the student's precision is autocast's business, not the sharding's.
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        auto_wrap_policy="transformer_based_wrap",  # by the classes that the student names as its units
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32),
+    )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        fsdp_plugin=plugin if sharded else None,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=PATIENCE * timeout_minutes)),
+        ],
+    )
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != promised:
+        raise TrainingError(
+            f"{promised} processes were started, but each trains alone; without a GPU tell Accelerate so: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N recipes/distill.py --config RECIPE.yaml"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise TrainingError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; accumulation follows from train.global_batch and "
+            "train.device_batch, so unset it"
+        )
+    if sharded and accelerator.distributed_type != DistributedType.FSDP:
+        if accelerator.num_processes == 1:
+            return accelerator  # nothing to shard
+        _shard_all_the_same(accelerator, plugin)
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    return accelerator
+
+
+def _check_launcher() -> None:
+    for variable in OTHER_LAUNCHERS:
+        tasks = int(os.environ.get(variable, "1"))
+        if tasks > 1 and "WORLD_SIZE" not in os.environ:
+            raise TrainingError(
+                f"{tasks} processes were started ({variable}), but none knows of the others: RANK and WORLD_SIZE are "
+                "not set; start them with `sbatch launch/slurm.sbatch RECIPE.yaml`, accelerate launch or torchrun"
+            )
+
+
+def _environment_says(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def _shard_all_the_same(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Accelerate shards on accelerators alone, and gives DDP without a word elsewhere; PyTorch shards on gloo too."""
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """What a function gives on the first rank, on all of them; so does the :class:`UserError` that it raises.
+
+    For whatever has to be the same everywhere although each rank might see it otherwise: the state of a disk.
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = (type(error), str(error))
+    broadcast_object_list(answer)
+    result, problem = answer
+    if problem is not None:
+        kind, message = problem
+        raise kind(message)
+    return result
+
+
+class Consensus:
+    """Flags of which each rank knows a part, and upon which all have to act in the same step.
+
+    :meth:`exchange` sends this step's flags and returns what the step before came to. The reduction runs on the CPU
+    beside the step: the device is not asked, and no rank waits for one that is less than a step behind.
+    """
+
+    def __init__(self, flags: Sequence[str], *, ranks: int, minutes: float = 30.0) -> None:
+        self.flags = tuple(flags)
+        timeout = timedelta(minutes=PATIENCE * minutes)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
+        self._pending: tuple[Work, torch.Tensor] | None = None
+
+    def exchange(self, raised: set[str]) -> set[str]:
+        """The flags that any rank raised one step ago; on a single process those of now."""
+        if self._group is None:
+            return raised
+        before = self.settle()
+        values = torch.tensor([flag in raised for flag in self.flags], dtype=torch.int32)
+        self._pending = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True), values
+        return before
+
+    def settle(self) -> set[str]:
+        """The flags still under way, to be asked for once at the end."""
+        if self._pending is None:
+            return set()
+        work, values = self._pending
+        work.wait()
+        self._pending = None
+        return {flag for flag, value in zip(self.flags, values.tolist(), strict=True) if value}

@@ -1,0 +1,43 @@
+"""How a run is asked to stop: SIGTERM, which schedulers and launchers send, or SIGUSR1, which a batch script can."""
+
+import signal
+import threading
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopRequest(AbstractContextManager["StopRequest"]):
+    """While the block runs, a signal only sets :attr:`name`: what to do about it is decided between two steps.
+
+    Outside the main thread, where Python takes no signals, nothing is ever asked.
+    """
+
+    name: str | None = None  # of the signal that came
+
+    def __enter__(self) -> "StopRequest":
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+def outlive_stop(seconds: int = 60) -> None:
+    """For processes that serve one which stops between two steps: they get its signals too, and must not go first.
+
+    SIGUSR1 is ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds`` later.
+    """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(seconds))
