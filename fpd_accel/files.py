@@ -28,9 +28,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         DataError: the file cannot be written; nothing of it is left behind.
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode("utf-8") if isinstance(content, str) else content
     try:
+        if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe: nothing to take the place of
+            path.write_bytes(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        staged.write_bytes(data)
         staged.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -42,7 +42,7 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
     """
     _check_launcher()
     sharded = parallel == "fsdp2" or (parallel == "auto" and _environment_says("ACCELERATE_USE_FSDP"))
-    os.environ["ACCELERATE_USE_FSDP"] = "false"  # from here on the argument decides, not the variable
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()  # Accelerate heeds the variable more than its argument
     # Batch statistics are float32 and must stay so: the student's precision is autocast's business, not the sharding's.
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -124,6 +124,12 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> R
         kind, message = problem
         raise kind(message)
     return result
+
+
+def leave() -> None:
+    """Take leave of the other processes at the end, as NCCL asks for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Consensus:

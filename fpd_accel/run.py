@@ -20,13 +20,13 @@ from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
-from fpd_accel.errors import CheckpointError, ConfigError, local
+from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.models.simcc import SimCCModel
-from fpd_accel.processes import create_accelerator, on_first_rank
+from fpd_accel.processes import create_accelerator, is_sharded, on_first_rank
 from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
 from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, write_recipe
 from fpd_accel.stop import StopRequest
@@ -53,6 +53,8 @@ def run(
     accelerator = accelerator or create_accelerator(
         recipe.train.precision, parallel=recipe.train.parallel, timeout_minutes=recipe.train.timeout_minutes
     )
+    if recipe.train.sync_norm and accelerator.device.type != "cuda":
+        raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
     _draw_missing_data(recipe, accelerator)
     train, valid = _open_data(recipe)
     unlabelled = _open_unlabelled(recipe)
@@ -302,13 +304,16 @@ def _check_objective(recipe: Recipe, student: PoseModel, taught: tuple[ModelConf
 
 def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: Accelerator) -> Teacher:
     config, model = taught
+    shard = recipe.teacher.shard and accelerator.num_processes > 1
+    if recipe.train.channels_last and not shard:  # FSDP2 takes contiguous parameters alone
+        model = model.to(memory_format=torch.channels_last)
     return Teacher(
-        model.to(memory_format=torch.channels_last) if recipe.train.channels_last else model,
+        model,
         device=accelerator.device,
         normalization=config.normalization,
         precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         compile=recipe.teacher.compile,
-        shard=recipe.teacher.shard and accelerator.num_processes > 1,
+        shard=shard,
     )
 
 
@@ -338,6 +343,7 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
         f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
         f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
         f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+        f"{', sharded (FSDP2)' if is_sharded(trainer.accelerator) else ''}"
         f"{trainer.train_shards.skeleton.sigma_note}"
     )
 

@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpd_accel.checkpoint import optimizer_tensors, restore_optimizer
 from fpd_accel.config import Optim, Train
-from fpd_accel.errors import TrainingError
 from fpd_accel.models.base import PoseModel
 from fpd_accel.optim import create_optimizer
+from fpd_accel.outputs import Output, each
 from fpd_accel.processes import is_sharded
 
 
@@ -31,15 +31,12 @@ class Student:
     Attributes:
         model: what the forward goes through, wrapped as the Accelerator sees fit.
         optimizer: of its parameters; the learning rate is set in every step.
-
-    Raises:
-        TrainingError: ``train.sync_norm`` without GPUs.
     """
 
     def __init__(self, network: nn.Module, accelerator: Accelerator, *, train: Train, optim: Optim) -> None:
         self.accelerator, self.options = accelerator, train
         if train.sync_norm:
-            network = self._synchronised(network)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         if train.channels_last and not is_sharded(accelerator):  # FSDP2 takes contiguous parameters alone
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(accelerator.device)  # without wrappers: what is saved and evaluated
@@ -48,14 +45,10 @@ class Student:
                 {type(unit).__name__ for unit in network.unit_modules()} if isinstance(network, PoseModel) else set()
             )
             accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(units)
+            _autocast(network, accelerator)
         optimizer = create_optimizer(self.network, optim, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.average = WeightAverage(self.network, train.ema_decay) if train.ema_decay is not None else None
-
-    def _synchronised(self, network: nn.Module) -> nn.Module:
-        if self.accelerator.device.type != "cuda":
-            raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
 
     def train(self) -> None:
         """Training mode; frozen normalisation layers stay in evaluation mode."""
@@ -174,6 +167,18 @@ class WeightAverage:
 
     def _tensors(self) -> list[Tensor]:
         return [_local(tensor.detach()) for tensor in (*self.network.parameters(), *self.network.buffers())]
+
+
+def _autocast(network: nn.Module, accelerator: Accelerator) -> None:
+    """The forward in the recipe's precision, outputs in float32: Accelerate sees to it for DDP, but not for FSDP2."""
+    forward = network.forward
+
+    def in_precision(images: Tensor) -> tuple[Output, ...]:
+        with accelerator.autocast():
+            stages = forward(images)
+        return tuple(each(stage, Tensor.float) for stage in stages)
+
+    network.forward = in_precision
 
 
 def _local(tensor: Tensor) -> Tensor:

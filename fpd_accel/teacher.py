@@ -39,13 +39,15 @@ class Teacher:
         self.model.train = self._decline  # type: ignore[method-assign]
         self.normalization = normalization or Normalization()
         self.device, self.precision = torch.device(device), precision
+        # What is gathered under inference mode cannot be gathered into anywhere else, say in an evaluation.
+        self._without_gradients = torch.no_grad if shard else torch.inference_mode
         if compile:
             self.model.compile()
 
     def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> tuple[Output, ...]:
         """Every stage's output, float32, as ordinary tensors that a student's loss may save for its backward pass."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
-        with torch.inference_mode(), autocast:
+        with self._without_gradients(), autocast:
             stages = [each(stage, Tensor.float) for stage in self.model(self.normalization(crops))]
         # Outside the context: an inference tensor cannot enter autograd.
         return tuple(each(stage, Tensor.clone) for stage in stages)

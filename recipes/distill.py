@@ -37,12 +37,16 @@ def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
     try:
         recipe = load_recipe(arguments.config, arguments.overrides)
         accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-        from fpd_accel.run import run  # torch comes in here, behind every check that does not need it
+        from fpd_accel.processes import leave  # torch comes in here, behind every check that does not need it
+        from fpd_accel.run import run
 
-        run(recipe, resume=arguments.resume, stop=stop)
-    except Preempted as reason:
-        say(str(reason))
-        return EXIT_PREEMPTED
+        try:
+            run(recipe, resume=arguments.resume, stop=stop)
+        except Preempted as reason:
+            say(str(reason))
+            leave()
+            return EXIT_PREEMPTED
+        leave()
     except UserError as error:
         return fail(error)
     return 0

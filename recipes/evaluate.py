@@ -84,6 +84,7 @@ def main() -> int:
     try:
         if arguments.output is not None:
             prepare_file(arguments.output)
+        from fpd_accel.processes import leave
         from fpd_accel.run import evaluate_folder
 
         score, people = evaluate_folder(
@@ -95,6 +96,7 @@ def main() -> int:
         )
         if arguments.output is not None and score is not None:
             write_whole(arguments.output, json.dumps(people))
+        leave()
     except UserError as error:
         return fail(error)
     return 0

@@ -139,6 +139,21 @@ def test_processes_that_each_believe_to_be_alone_are_an_error(
         train(tiny_recipe())
 
 
+def test_statistics_shared_between_devices_need_gpus(tiny_recipe: Callable[..., Path]) -> None:
+    with pytest.raises(TrainingError, match=r"train\.sync_norm: statistics are shared on GPUs alone"):
+        train(tiny_recipe(train={"sync_norm": True}))
+
+
+@pytest.mark.gpu
+def test_statistics_shared_between_devices_keep_their_names(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    for name, shared in (("own", False), ("shared", True)):
+        train(tiny_recipe(run={"name": name}, train={"sync_norm": shared}))
+    ends = [dict(read_tensors(tmp_path / name / "final")) for name in ("own", "shared")]
+    assert ends[0].keys() == ends[1].keys()
+
+
 def test_student_can_start_from_a_finished_one(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     train(tiny_recipe(run={"name": "first"}))
     again = tiny_recipe(

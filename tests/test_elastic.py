@@ -1,0 +1,170 @@
+"""One run on any number of processes, copied or sharded: the same losses, and checkpoints that change between them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fpd_accel.checkpoint import checkpoints, read_state
+
+ROOT = Path(__file__).parents[1]
+STEPS, HALF = 8, 4
+WORLDS = {"ddp2": (2, "ddp"), "fsdp2": (2, "fsdp2"), "ddp3": (3, "ddp")}
+# Each is half of one run, and its second half at another size or sharding.
+ELASTIC = {"ddp2": ["one_to_ddp2"], "fsdp2": ["ddp2_to_fsdp2"], "ddp3": ["fsdp2_to_ddp3"], "one": ["fsdp2_to_one"]}
+
+
+def launch(ranks: int, tasks: list[list[Any]]) -> str:
+    """Run the tasks of tests/ranks.py on so many gloo processes; what they said."""
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "ranks.py"), json.dumps(tasks)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stderr
+
+
+def losses(directory: Path) -> list[float]:
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == list(range(1, len(trained) + 1))
+    return [record["train_loss"] for record in trained]
+
+
+def newest(directory: Path) -> Path:
+    return checkpoints(directory / "checkpoints")[-1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid: Path) -> Path:
+    """The root of a distillation of eight steps in each world, and of those that changed worlds half-way."""
+    import yaml
+
+    from fpd_accel.model_folder import ModelConfig, save_model
+    from fpd_accel.models import create_model
+    from fpd_accel.skeleton import COCO
+
+    root = tmp_path_factory.mktemp("worlds")
+    config = ModelConfig(arch="tiny_w16", skeleton=COCO, input_size=(64, 64))
+    torch.manual_seed(7)
+    save_model(root / "teacher", create_model("tiny_w16", 17).state_dict(), config)
+    recipe = root / "recipe.yaml"
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "one", "root": str(root)},
+        "data": {"train": str(tiny_shards), "valid": str(tiny_valid), "input_size": [64, 64], "workers": 0},
+        "student": {"arch": "tiny_w8"},
+        "teacher": {"weights": str(root / "teacher")},
+        "train": {"steps": STEPS, "global_batch": 12, "freeze_norm": True, "clip_norm": 0.5, "ema_decay": 0.9},
+        "optim": {"name": "adamw", "lr": 0.001, "weight_decay": 0.01, "schedule": "constant"},
+        "evaluate": {"batch": 4, "every_epochs": None},
+        "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
+        "checkpoint": {"every_steps": HALF, "keep": 9},
+    }
+    recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
+    train([recipe, []])
+    for world, (ranks, parallel) in WORLDS.items():
+        for name in ELASTIC[world]:
+            halve(root, name)
+        names = [world, *ELASTIC[world]]
+        tasks = [["train", str(recipe), [f"run.name={name}", f"train.parallel={parallel}"]] for name in names]
+        if world == "fsdp2":  # more of the state: accumulation, and a sharded teacher
+            changes = ["run.name=sharded_teacher", "train.parallel=fsdp2", "teacher.shard=true", "train.device_batch=3"]
+            tasks.append(["train", str(recipe), changes])
+        if parallel == "ddp":
+            tasks.append(["score", str(root / "one" / "final"), str(tiny_valid), str(root / f"scores_{ranks}")])
+        if world == "ddp2":
+            changes = ["run.name=slow", "train.timeout_minutes=0.15"]
+            tasks.append(["train_with_slow_scores", str(recipe), changes, 10])
+        said = launch(ranks, tasks)
+        assert ("sharded (FSDP2)" in said) == (parallel == "fsdp2")
+    halve(root, "fsdp2_to_one")
+    train([recipe, ["run.name=fsdp2_to_one"]])
+    return root
+
+
+def train(arguments: list[Any]) -> None:
+    import ranks
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ranks.train(*arguments)
+
+
+def halve(root: Path, name: str) -> None:
+    """Begin the run ``A_to_B`` with the first half of A."""
+    shutil.copytree(root / name.split("_to_")[0], root / name)
+    shutil.rmtree(newest(root / name))
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("name", [*WORLDS, "sharded_teacher"])
+def test_every_world_gives_the_losses_of_one_process(name: str, runs: Path) -> None:
+    np.testing.assert_allclose(losses(runs / name), losses(runs / "one"), rtol=1e-5)
+    assert len(losses(runs / name)) == STEPS
+
+
+@pytest.mark.parametrize("name", [names[0] for names in ELASTIC.values()])
+def test_run_goes_on_in_another_world(name: str, runs: Path) -> None:
+    np.testing.assert_allclose(losses(runs / name), losses(runs / "one"), rtol=1e-5)
+    first, second = (read_state(checkpoint)["topology"] for checkpoint in checkpoints(runs / name / "checkpoints"))
+    assert first != second or "fsdp2" in name
+
+
+@pytest.mark.parametrize("name", [*WORLDS, *(names[0] for names in ELASTIC.values())])
+def test_checkpoints_hold_the_whole_network_whatever_the_sharding(name: str, runs: Path) -> None:
+    for file in ("student", "student_ema", "optimizer"):
+        whole, other = (load_file(newest(runs / run) / f"{file}.safetensors") for run in ("one", name))
+        assert {key: value.shape for key, value in whole.items()} == {k: v.shape for k, v in other.items()}, file
+        for key, tensor in whole.items():
+            torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=2e-5)
+    models = [load_file(runs / run / "final" / "model.safetensors") for run in ("one", name)]
+    assert models[0].keys() == models[1].keys()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_bf16_is_of_the_forward_alone(parallel: str, runs: Path) -> None:
+    overrides = [f"train.parallel={parallel}", "train.precision=bf16"]
+    said = launch(2, [["dtypes", str(runs / "recipe.yaml"), overrides]])
+    assert "dtypes: torch.bfloat16 torch.float32 torch.float32" in said
+
+
+def test_evaluation_is_the_same_on_any_number_of_ranks(runs: Path, tiny_valid: Path) -> None:
+    launch(1, [["score", str(runs / "one" / "final"), str(tiny_valid), str(runs / "scores_1")]])
+    found = {path.name: json.loads(path.read_text()) for path in runs.glob("scores_*")}
+    assert sorted(found) == ["scores_1.0", *(f"scores_{ranks}.{rank}" for ranks in (2, 3) for rank in range(ranks))]
+    assert all(answer == found["scores_1.0"] for answer in found.values())
+    metrics, people = found["scores_1.0"]
+    assert len(people) == 13  # in batches of five
+    assert metrics["loss"] > 0
+
+
+def test_ranks_wait_for_the_scores_longer_than_for_a_step(runs: Path) -> None:
+    records = map(json.loads, (runs / "slow" / "metrics.jsonl").read_text().splitlines())
+    assert [record["kind"] for record in records][-1] == "valid"
+    assert (runs / "slow" / "final" / "model.safetensors").is_file()
+
+
+def test_other_size_of_batches_is_said_where_it_matters(
+    tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tiny_recipe(checkpoint={"every_steps": 2, "keep": 9}))
+    train([recipe, []])
+    train([recipe, ["train.steps=6", "train.device_batch=2"]])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "batch normalisation sees 2 people at a time, before 4" in said
+    train([recipe, ["train.steps=6"]])
+    assert "finished already, at step 6" in " ".join(capsys.readouterr().err.split())
