@@ -9,17 +9,43 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
+
+from fpd_accel.errors import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 CONFIGS = sorted(LAUNCH.glob("*.yaml"))
 SCRIPTS = (LAUNCH / "local.sh", LAUNCH / "slurm.sbatch")
 LAUNCHERS = ("ACCELERATE_", "FSDP_", "SLURM_", "OMPI_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """What a failed test has left is asked to stop, and then made to."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.communicate(timeout=40)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
+
+def start(*command: str, environment: dict[str, str]) -> subprocess.Popen:
+    STARTED.append(
+        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    )
+    return STARTED[-1]
 
 
 @pytest.fixture
@@ -114,7 +140,7 @@ def recipe(tiny_recipe: Callable[..., Path]) -> str:
 def launch(config: str, *options: str, recipe: str, name: str, environment: dict[str, str]) -> subprocess.Popen:
     command = ["accelerate", "launch", "--config_file", f"launch/{config}", *options, "recipes/distill.py"]
     command += ["--config", recipe, f"run.name={name}"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return start(*command, environment=environment)
 
 
 def ends_well(*processes: subprocess.Popen) -> str:
@@ -131,33 +157,34 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
-def test_cpu_and_one_node_train_the_same(recipe: str, environment: dict[str, str], losses: Callable) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["one_node_ddp.yaml", "one_node_fsdp2.yaml"])
+def test_one_node_trains_as_one_process_does(
+    config: str, recipe: str, environment: dict[str, str], losses: Callable
+) -> None:
     said = ends_well(launch("cpu.yaml", recipe=recipe, name="one", environment=environment))
-    assert "1 x 4" in said
+    assert "(1 x 4, " in said
     without_gpus = {**environment, "ACCELERATE_USE_CPU": "true"}
-    options = ("--num_processes", "2")
-    said = ends_well(launch("one_node_ddp.yaml", *options, recipe=recipe, name="two", environment=without_gpus))
-    assert "2 x 2" in said
+    said = ends_well(launch(config, "--num_processes", "2", recipe=recipe, name="two", environment=without_gpus))
+    assert "(2 x 2, " in said
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_multi_node_file_joins_two_machines(recipe: str, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("config", ["multi_node_ddp.yaml", "multi_node_fsdp2.yaml"])
+def test_machines_join_under_the_address_of_the_first(config: str, recipe: str, environment: dict[str, str]) -> None:
     options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     options += ["--main_process_port", free_port()]
     without_gpus = {**environment, "ACCELERATE_USE_CPU": "true"}
     machines = [
-        launch(
-            "multi_node_ddp.yaml", *options, "--machine_rank", rank, recipe=recipe, name="two", environment=without_gpus
-        )
+        launch(config, *options, "--machine_rank", rank, recipe=recipe, name="two", environment=without_gpus)
         for rank in ("0", "1")
     ]
-    assert "2 x 2" in ends_well(*machines)
+    assert "(2 x 2, " in ends_well(*machines)
 
 
 def local(*arguments: str, environment: dict[str, str]) -> subprocess.Popen:
-    command = [str(LAUNCH / "local.sh"), *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return start(str(LAUNCH / "local.sh"), *arguments, environment=environment)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -180,6 +207,23 @@ def test_local_passes_a_mistake_on_and_says_it_once(recipe: str, environment: di
     process = local("2", recipe, "train.stepss=3", environment=environment)
     assert process.communicate(timeout=60)[1].count("did you mean 'steps'?") == 1
     assert process.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGUSR1])
+def test_local_saves_when_asked_to_stop_and_goes_on(
+    asked: signal.Signals, recipe: str, environment: dict[str, str], tmp_path: Path, losses: Callable
+) -> None:
+    arguments = (recipe, "run.name=stopped", "optim.schedule=constant")
+    process = local("2", *arguments, "train.steps=100000", environment=environment)
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(asked)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == EXIT_PREEMPTED, said
+    assert "saved at step" in said
+    steps = len(losses("stopped")) + 3
+    ends_well(local("2", *arguments, f"train.steps={steps}", environment=environment))
+    assert len(losses("stopped")) == steps
 
 
 @pytest.mark.slow
@@ -221,10 +265,3 @@ def test_slurm_script_asks_for_an_environment(environment: dict[str, str]) -> No
     )  # fmt: skip
     assert done.returncode == 2
     assert "FPD_ACTIVATE" in done.stderr
-
-
-def test_readme_and_recipes_name_only_launch_files_that_exist() -> None:
-    assert {path.stem for path in CONFIGS} == {
-        "cpu", "multi_node_ddp", "multi_node_fsdp2", "one_gpu", "one_node_ddp", "one_node_fsdp2", "one_process",
-    }  # fmt: skip
-    assert yaml.safe_load((LAUNCH / "cpu.yaml").read_text())["use_cpu"] is True

@@ -1,10 +1,13 @@
 """launch/slurm.sbatch on a real two-node cluster: a run that is interrupted ends as if nothing had happened."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
         "checkpoint": {"every_steps": 1000},  # none but those that a signal asks for, and the last
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    # The nodes share this host's cores, though each believes to have them all: threads of two would wait for each other.
+    # The nodes share this host's cores, but each believes to have them all: their threads would fight.
     (folder / "sitecustomize.py").write_text("import os\n\nos.cpu_count = lambda: 1\n")
     (folder / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
     return folder
@@ -151,13 +154,10 @@ def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Calla
     assert read_state(newest_whole(folder / "cancelled" / "checkpoints"))["step"] >= 20
 
 
-def test_student_is_sharded_over_nodes(
-    cluster: Cluster, submit: Callable[..., str], folder: Path, undisturbed: np.ndarray
-) -> None:
-    steps = 20
-    overrides = ("train.parallel=fsdp2", f"train.steps={steps}", "optim.schedule=constant")
-    for name, chosen in {"sharded": overrides, "copied": overrides[1:]}.items():
-        cluster.wait(submit(name, *chosen), "COMPLETED")
+def test_student_is_sharded_over_nodes(cluster: Cluster, submit: Callable[..., str], folder: Path) -> None:
+    shared = ("train.steps=20", "optim.schedule=constant")
+    for name, parallel in {"sharded": "fsdp2", "copied": "ddp"}.items():
+        cluster.wait(submit(name, *shared, f"train.parallel={parallel}"), "COMPLETED")
     np.testing.assert_allclose(curve(folder / "sharded"), curve(folder / "copied"), rtol=1e-5)
 
 
@@ -171,8 +171,19 @@ def test_mistake_ends_the_job_with_its_code_and_one_message(
 def test_killed_process_ends_the_job(cluster: Cluster, submit: Callable[..., str], folder: Path) -> None:
     number = submit("killed", "train.steps=100000")
     wait_for_step(folder / "killed", 5)
-    cluster.run("scancel", "--signal=KILL", f"{number}.0")
+    os.kill(task(number, rank=1), signal.SIGKILL)
     assert cluster.wait(number, "FAILED")["ExitCode"] == "137:0"
+
+
+def task(job: str, *, rank: int) -> int:
+    """Process id of a job's task: the oldest process with both numbers in its environment."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"WORLD_SIZE=2"}
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if wanted <= set(entry.read_bytes().split(b"\0")):
+                found.append(int(entry.parent.name))
+    return min(found)
 
 
 def test_tasks_without_the_variables_of_a_launcher_are_refused(cluster: Cluster, folder: Path) -> None:
