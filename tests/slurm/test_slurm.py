@@ -145,6 +145,22 @@ def test_signal_while_processes_are_starting_is_not_lost(
     assert_resumed_to_the_same_end(cluster, number, folder, "early", undisturbed)
 
 
+def test_processes_may_end_some_seconds_apart(cluster: Cluster, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "distill.py").write_text(
+        "import os, sys, time\n"
+        "if 'SLURM_RESTART_COUNT' in os.environ:\n"
+        "    sys.exit(0 if sys.argv[-2:] == ['--resume', 'auto'] else 1)\n"
+        "time.sleep(3 * int(os.environ['RANK']))\n"
+        "sys.exit(75)\n"
+    )
+    number = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", f"--chdir={tmp_path}", f"--output={tmp_path}/log",
+        str(ROOT / "launch" / "slurm.sbatch"), "recipe.yaml", FPD_ACTIVATE=str(folder / "activate"),
+    )  # fmt: skip
+    assert cluster.wait(number, "COMPLETED")["Restarts"] == "1"
+
+
 def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Callable[..., str], folder: Path) -> None:
     number = submit("cancelled")
     wait_for_step(folder / "cancelled", 20)
