@@ -209,8 +209,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options)).get("state", {})  # type: ignore[assignment]
+    on_cpu = next(model.parameters()).device.type == "cpu"  # from elsewhere they are copies already
     return {
-        f"{name}::{key}": value.detach().to("cpu", copy=True)
+        f"{name}::{key}": value.clone() if on_cpu else value
         for name, entries in state.items()
         for key, value in entries.items()
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from fpd_accel.errors import ConfigError
@@ -79,8 +79,36 @@ class Unlabelled(Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the people of a batch
 
 
+class Labelled(Section):
+    """One of several datasets to train on, all of the same keypoints.
+
+    An epoch is as many labelled samples as there are labelled people in all of them. With weights, those of one dataset
+    come more often than once in it, and not all of another; each is gone through whole before anybody comes again.
+    """
+
+    shards: str  # written by `fpd-accel prepare`
+    weight: Annotated[float, Field(gt=0)] | None = None  # its part of the labelled samples, relative to the others'
+    # None, and so for all: the number of its people, so that everybody comes once per epoch
+
+
+PATH, DATASETS = "a path", "several datasets"  # the two kinds of `data.train`; no words that a key could be
+
+
+def _kind_of_train(value: Any) -> str | None:
+    if isinstance(value, str):
+        return PATH
+    return DATASETS if isinstance(value, list | tuple) and value else None
+
+
 class Data(Section):
-    train: str  # shards written by `fpd-accel prepare`
+    train: Annotated[
+        Annotated[str, Tag(PATH)] | Annotated[tuple[Labelled, ...], Tag(DATASETS)],
+        Discriminator(
+            _kind_of_train,
+            custom_error_type="kind_of_train",
+            custom_error_message="is neither the path of a dataset nor a list of {shards: PATH, weight: NUMBER}",
+        ),
+    ]  # shards written by `fpd-accel prepare`, or a list of several
     valid: str | None = None  # shards of the held-out people; None: never evaluate
     unlabelled: Unlabelled | None = None  # more people to train on, with the teacher alone
     synthetic: Synthetic | None = None
@@ -88,6 +116,13 @@ class Data(Section):
     box_padding: Annotated[float, Field(ge=1)] = 1.25  # factor on the person's box
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
     augment: Augment = Augment()
+
+    @property
+    def labelled(self) -> dict[str, Labelled]:
+        """The datasets of ``train`` by their dotted paths in the recipe."""
+        if isinstance(self.train, str):
+            return {"data.train": Labelled(shards=self.train)}
+        return {f"data.train.{i}.shards": dataset for i, dataset in enumerate(self.train)}
 
 
 class Codec(Section):
@@ -130,7 +165,7 @@ class Distill(Section):
 
 class Train(Section):
     steps: Positive | None = None  # optimizer steps; or:
-    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over the training people
+    epochs: Annotated[float, Field(gt=0)] | None = None  # times as many labelled samples as there are training people
     global_batch: Positive  # people per optimizer step, over all ranks
     device_batch: Positive | None = None  # people per forward on one rank; None: global_batch / ranks
     precision: Literal["fp32", "bf16"] = "fp32"  # of forward and backward; losses are always fp32
@@ -291,7 +326,7 @@ def total_steps(recipe: Recipe, people: int) -> int:
 
 
 def steps_per_epoch(recipe: Recipe, people: int) -> float:
-    """Optimizer steps in which every labelled person comes once."""
+    """Optimizer steps of as many labelled samples as there are people: without weights, everybody comes once."""
     unlabelled = recipe.data.unlabelled
     return people / (recipe.train.global_batch * (1 - (unlabelled.share if unlabelled is not None else 0.0)))
 
@@ -385,7 +420,7 @@ def _remove(values: Any, location: tuple[int | str, ...]) -> None:
 
 
 def _explain(detail: ErrorDetails) -> str:
-    location, value = detail["loc"], detail["input"]
+    location, value = tuple(key for key in detail["loc"] if key not in (PATH, DATASETS)), detail["input"]
     path = ".".join(map(str, location))
     match detail["type"]:
         case "extra_forbidden":
@@ -406,10 +441,16 @@ def _explain(detail: ErrorDetails) -> str:
 def _names_at(location: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in location:
-        annotation = model.model_fields[str(key)].annotation
-        inner = [annotation, *get_args(annotation)]  # unpacks `Section | None`
+        if isinstance(key, int):  # of a list, which was unpacked with its field
+            continue
+        inner = _unpacked(model.model_fields[key].annotation)
         model = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)
+
+
+def _unpacked(annotation: Any) -> list[Any]:
+    """A type and those that it is made of: ``Section`` is found in ``Section | None`` and ``tuple[Section, ...]``."""
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _unpacked(argument))]
 
 
 def _did_you_mean(word: str, choices: Sequence[str]) -> str:
@@ -437,6 +478,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
     if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
         mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
+    mistakes += _train_contradictions(recipe.data)
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
     if optim.schedule == "step" and not optim.milestones:
@@ -460,6 +502,20 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.evaluate.nms == "soft" and recipe.evaluate.nms_threshold == 0:
         mistakes.append("evaluate.nms_threshold: 0 leaves nobody beside the best; soft suppression divides by it")
     return mistakes + _objective_contradictions(recipe)
+
+
+def _train_contradictions(data: Data) -> list[str]:
+    """The same for a list of datasets."""
+    if isinstance(data.train, str):
+        return []
+    mistakes, paths = [], [os.path.normpath(dataset.shards) for dataset in data.train]
+    if len({dataset.weight is None for dataset in data.train}) > 1:
+        mistakes.append("data.train: some have a weight and some have none; give one to each, or to none")
+    repeated = sorted({path for path in paths if paths.count(path) > 1})
+    mistakes += [f"data.train: {path} is listed more than once; give it a larger weight" for path in repeated]
+    if data.synthetic is not None:
+        mistakes.append("data.synthetic: draws one dataset, but data.train is a list; name a path, or leave it out")
+    return mistakes
 
 
 def _objective_contradictions(recipe: Recipe) -> list[str]:
@@ -496,7 +552,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
     unlabelled = recipe.data.unlabelled
     drawn = recipe.data.synthetic is not None
     for path, shards in (
-        ("data.train", None if drawn else recipe.data.train),
+        *((path, None if drawn else dataset.shards) for path, dataset in recipe.data.labelled.items()),
         ("data.valid", None if drawn else recipe.data.valid),
         ("data.unlabelled.shards", unlabelled.shards if unlabelled is not None else None),
     ):

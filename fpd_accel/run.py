@@ -18,6 +18,7 @@ from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
@@ -73,7 +74,7 @@ def run(
     with RunLock(recipe.run.directory) as lock, _disk_errors(recipe):
         origin = provenance(
             recipe,
-            data=train.fingerprint,
+            data=train,
             unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
             teacher=(taught[0], taught[1].state_dict()) if taught else None,
         )
@@ -164,6 +165,7 @@ def _draw_missing_data(recipe: Recipe, accelerator: Accelerator) -> None:
     synthetic = recipe.data.synthetic
     if synthetic is None:
         return
+    assert isinstance(recipe.data.train, str)  # checked with the recipe
     wanted = [(recipe.data.train, synthetic.train_images, 2 * synthetic.seed)]
     if recipe.data.valid is not None:
         wanted.append((recipe.data.valid, synthetic.valid_images, 2 * synthetic.seed + 1))
@@ -192,8 +194,8 @@ def _train_missing_teacher(recipe: Recipe, accelerator: Accelerator, stop: StopR
         say(f"the teacher is trained; now its student, {recipe.run.name}")
 
 
-def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
-    train = Shards(recipe.data.train)
+def _open_data(recipe: Recipe) -> tuple[Mixture, Shards | None]:
+    train = _open_labelled(recipe)
     valid = Shards(recipe.data.valid) if recipe.data.valid is not None else None
     if valid is not None and valid.skeleton.keypoints != train.skeleton.keypoints:
         raise ConfigError(
@@ -203,8 +205,16 @@ def _open_data(recipe: Recipe) -> tuple[Shards, Shards | None]:
     if valid is not None:
         valid = with_boxes(valid, recipe.evaluate)
         _refuse_nobody("data.valid", valid)
-    _refuse_nobody("data.train", train)
     return train, valid
+
+
+def _open_labelled(recipe: Recipe) -> Mixture:
+    labelled = recipe.data.labelled
+    weights = [dataset.weight for dataset in labelled.values() if dataset.weight is not None]
+    opened = {path: Shards(dataset.shards) for path, dataset in labelled.items()}
+    for path, shards in opened.items():
+        _refuse_nobody(path, shards)
+    return Mixture(tuple(opened.values()), tuple(weights) or None)
 
 
 def _open_unlabelled(recipe: Recipe) -> Shards | None:
@@ -249,7 +259,7 @@ def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
     return student
 
 
-def _open_teacher(recipe: Recipe, train: Shards) -> tuple[ModelConfig, nn.Module]:
+def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Module]:
     """The teacher's network and description, checked against the data and the student's input."""
     path = teacher_weights(recipe)
     model: nn.Module
@@ -342,7 +352,7 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
     say(
         f"{recipe.run.directory}: {trainer.total_steps} steps of {recipe.train.global_batch} people "
         f"({trainer.accelerator.num_processes} x {trainer.device_batch}, accumulated {trainer.accumulation} times) "
-        f"out of {len(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
+        f"out of {as_mixture(trainer.train_shards)}, {recipe.train.precision} on {trainer.accelerator.device}"
         f"{', sharded (FSDP2)' if is_sharded(trainer.accelerator) else ''}"
         f"{trainer.train_shards.skeleton.sigma_note}"
     )

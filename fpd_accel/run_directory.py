@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fpd_accel.checkpoint import newest_whole, read_state
 from fpd_accel.config import Recipe, differences, dump_recipe, load_recipe, steps_per_epoch, total_steps
+from fpd_accel.data.mixture import Mixture
 from fpd_accel.errors import CheckpointError
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig
@@ -107,11 +108,12 @@ class RunLock(AbstractContextManager["RunLock"]):
 
 
 def provenance(
-    recipe: Recipe, *, data: str, unlabelled: str | None, teacher: tuple[ModelConfig, Mapping[str, Tensor]] | None
+    recipe: Recipe, *, data: Mixture, unlabelled: str | None, teacher: tuple[ModelConfig, Mapping[str, Tensor]] | None
 ) -> dict[str, Any]:
     """What ``state.json`` says beside the position: enough to refuse a resume that would not be one."""
     return {
-        "data_sha256": data,
+        "data_sha256": data.fingerprint,
+        "datasets": data.identities,
         "unlabelled_sha256": unlabelled,
         "teacher_sha256": teacher_digest(*teacher) if teacher is not None else None,
         "recipe_sha256": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
@@ -184,12 +186,26 @@ def check_resume(
     identities = {"data_sha256": "data.train", "unlabelled_sha256": "data.unlabelled", "teacher_sha256": "the teacher"}
     for key, name in identities.items():
         if checkpoint is not None and state.get(key) != provenance[key]:
+            changed = _changed_dataset(state.get("datasets"), provenance["datasets"]) if key == "data_sha256" else ""
             raise CheckpointError(
-                f"{checkpoint}: {name} is not what this run was begun with (SHA-256 {state.get(key)})"
+                f"{checkpoint}: {name} is not what this run was begun with (SHA-256 {state.get(key)}){changed}"
             )
     if step > steps:
         raise CheckpointError(f"{checkpoint}: already at step {step}, but the recipe ends at step {steps}")
     return state
+
+
+def _changed_dataset(before: list[dict[str, Any]] | None, now: list[dict[str, Any]]) -> str:
+    """What changed among several datasets: their number, the content of one, or its part of the samples."""
+    if before is None or len(before) == len(now) == 1:  # None: a run begun when there could be one alone
+        return ""
+    if len(before) != len(now):
+        return f": datasets then: {len(before)}, now: {len(now)}"
+    for number, (old, new) in enumerate(zip(before, now, strict=True)):
+        if old["sha256"] != new["sha256"]:
+            return f": data.train.{number}.shards was {old['path']}, and {new['path']} holds other people or images"
+    old_parts, new_parts = (" : ".join(str(dataset["part"]) for dataset in datasets) for datasets in (before, now))
+    return f": the weights were as {old_parts}, and are as {new_parts} now"
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 
 from fpd_accel.config import Evaluate
 from fpd_accel.data.detections import Detections
+from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.geometry import box_to_region
 from fpd_accel.metrics import mpii_scores, oks_nms, pck, rescore, soft_oks_nms
@@ -155,6 +156,6 @@ def head_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
     return mpii_scores(predictions.keypoints, triples[..., :2], people["head_size"], triples[..., 2] > 0)
 
 
-def selection_metric(shards: Shards) -> str:
+def selection_metric(shards: Shards | Mixture) -> str:
     """The metric by which the best of several networks is chosen on these people."""
     return "PCKh@0.5" if shards.has_head_sizes and not isinstance(shards, Detections) else "AP"

@@ -115,7 +115,8 @@ class Student:
         whole: dict[str, Any] = get_model_state_dict(self.network, options=options)
         if not self.accelerator.is_main_process:
             return {}
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in whole.items()}
+        on_cpu = self.accelerator.device.type == "cpu"  # from elsewhere they are copies already
+        return {name: tensor.detach().clone() if on_cpu else tensor for name, tensor in whole.items()}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by the name of its file; on the first rank, and asked for on all of them."""

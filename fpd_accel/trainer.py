@@ -16,6 +16,7 @@ from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers,
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.decode import accuracy
@@ -52,7 +53,7 @@ class Trainer:
         *,
         student: nn.Module,
         teacher: Teacher | None,
-        train: Shards,
+        train: Shards | Mixture,
         valid: Shards | None,
         unlabelled: Shards | None = None,
         teacher_codec: PoseCodec | None = None,
@@ -82,6 +83,7 @@ class Trainer:
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.protocol = protocol(valid, recipe.evaluate) if valid is not None else {}  # what best_metrics hang on
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
+        self.evaluated = 0  # the last step that was
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
         self.stop = stop or StopRequest()
         self.problem: UserError | None = None  # met by this process, and not yet known to the others
@@ -129,8 +131,8 @@ class Trainer:
             stack.callback(self.writer.close)
             if accelerator.is_main_process:
                 clear_leftovers(self.writer.directory)
-            if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
-                self._evaluate()  # of a finished run, by another protocol than before
+            if self._evaluation_is_due():  # left undone by a stop, or done by another protocol
+                self._evaluate()
             batches = self._batches()
             student.train()
             while self.step < self.total_steps:
@@ -170,7 +172,7 @@ class Trainer:
         done = step == self.total_steps
         stopping = "stop" in raised and not done
         saving = done or stopping or "save" in raised or step % recipe.checkpoint.every_steps == 0
-        evaluating = self.valid_shards is not None and (done or self._crosses_epoch(recipe.evaluate.every_epochs))
+        evaluating = self._evaluation_is_due() and not stopping  # whoever asks for a stop has no time for it
         if saving or evaluating or step % recipe.log.every_steps == 0:
             self._flush()
         pictures = recipe.log.pictures_every_steps
@@ -250,7 +252,7 @@ class Trainer:
         self.student.restore(checkpoint)
         self.step = state["step"]
         if state.get("protocol") == self.protocol:
-            self.best_metrics = state["best_metrics"]
+            self.best_metrics, self.evaluated = state["best_metrics"], state.get("evaluated", self.step)
             self.best = self.best_metrics.get(self.selection, float("-inf"))
         else:
             say("evaluated otherwise than before: earlier scores do not count, best/ is chosen anew")
@@ -273,10 +275,13 @@ class Trainer:
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 
-    def _crosses_epoch(self, every: float | None) -> bool:
-        """Whether this step went past a multiple of ``every`` epochs."""
-        if every is None:
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step ends the run or went past a multiple of ``evaluate.every_epochs``, and is not evaluated."""
+        if self.valid_shards is None or self.step in (0, self.evaluated):
             return False
+        every = self.recipe.evaluate.every_epochs
+        if self.step == self.total_steps or every is None:
+            return self.step == self.total_steps
         return self.step // (every * self.steps_per_epoch) > (self.step - 1) // (every * self.steps_per_epoch)
 
     def _flush(self) -> None:
@@ -313,6 +318,7 @@ class Trainer:
                 accelerator=self.accelerator,
                 watchdog=self.watchdog,
             )
+        self.evaluated = self.step
         self.log.evaluation(metrics, self.step, protocol=self.protocol)
         if metrics[self.selection] > self.best:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
@@ -344,6 +350,7 @@ class Trainer:
             state = {
                 "samples": self.samples,
                 "best_metrics": self.best_metrics,
+                "evaluated": self.evaluated,
                 "protocol": self.protocol,
                 "seed": self.recipe.run.seed,
                 "topology": self.topology,

@@ -646,6 +646,38 @@ def test_evaluation_covers_everybody_in_order_with_as_many_batches_on_every_rank
     assert len(rows) - len(usable) < ranks * batch_size
 
 
+@pytest.mark.parametrize("start", [0, 30, 33, 10**9])
+def test_going_on_draws_one_order_however_far_it_has_got(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    drawn = []
+    order = Shards.order
+
+    def counted(shards: Shards, seed: int, epoch: int, *, source: int) -> np.ndarray:
+        drawn.append(epoch)
+        return order(shards, seed, epoch, source=source)
+
+    monkeypatch.setattr(Shards, "order", counted)
+    next(iter(stream(tiny_shards, 1, augment=Augment(), start=start, stop=start + 1)))
+    assert drawn == [start // len(Shards(tiny_shards))]
+
+
+def test_an_order_is_the_generators_permutation_in_half_the_memory(tiny_shards: Path) -> None:
+    shards = Shards(tiny_shards)
+    for seed, epoch, source in ((0, 0, 0), (7, 2, 1)):
+        found = shards.order(seed, epoch, source=source)
+        generator = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source]))
+        assert found.tolist() == generator.permutation(len(shards)).tolist()
+        assert found.dtype == np.int32
+
+
+def test_workers_find_the_files_open(tiny_shards: Path) -> None:
+    own = stream(tiny_shards, 1)
+    assert "images" not in vars(own.sources[0].shards)
+    make_loader(own, 0, CPU)
+    assert {"images", "people", "usable"} <= vars(own.sources[0].shards).keys()
+
+
 def test_an_interval_without_samples_is_an_empty_stream(tiny_shards: Path) -> None:
     for start in (10, 11):
         empty = stream(tiny_shards, 4, start=start, stop=10)

@@ -15,11 +15,11 @@ LAYERS = [
     {"processes"},
     {"student", "run_directory"},
     {"trainer", "predict", "detect", "check", "import_weights"},
-    {"run"},
+    {"run", "bench"},
     {"cli"},
 ]
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-WITHIN = {"data", "models", "check", "yacs"}  # packages: what is inside may import what is beside it
+WITHIN = {"bench", "data", "models", "check", "yacs"}  # packages: what is inside may import what is beside it
 TOP_OF_DATA_IMPORTS = {"augment"}  # stream draws its geometry there
 SAME_LAYER = {
     ("decode", "codecs"),

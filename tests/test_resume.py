@@ -83,6 +83,25 @@ def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], tmp_p
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_evaluation_that_a_stop_left_out_is_made_up_for(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    from fpd_accel.errors import Preempted
+    from fpd_accel.run import run
+    from fpd_accel.stop import StopRequest
+
+    stop = StopRequest()
+    stop.name = "SIGTERM"  # it came before the first step
+    for name in ("whole", "stopped"):
+        recipe = load_recipe(tiny_recipe(run={"name": name}, train={"steps": 3}, evaluate={"every_epochs": 0.01}))
+        for _ in range(2 if name == "stopped" else 0):
+            with pytest.raises(Preempted, match="SIGTERM"):
+                run(recipe, stop=stop)
+        run(recipe)
+    ends = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    evaluations = [[r for r in map(json.loads, end.splitlines()) if r["kind"] == "valid"] for end in ends]
+    assert [record["step"] for record in evaluations[0]] == [1, 2, 3]
+    assert evaluations[0] == evaluations[1]
+
+
 def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilling: Callable[[str], Path], tmp_path: Path) -> None:
     from fpd_accel.run import run
 

@@ -20,7 +20,7 @@ class Batch:
     visible: Float[Tensor, "batch joint"]  # 1 where labelled, hidden or not
     centers: Float[Tensor, "batch 2"]  # of the crop's region, image pixels
     sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
-    rows: Int64[Tensor, " batch"]  # of the people in their shards
+    rows: Int64[Tensor, " batch"]  # of the people in their shards; of a mixture, in those that each is from
     labelled: Float[Tensor, " batch"] | None = None  # 1 or 0 where people without labels are mixed in; None: all are
 
     def __len__(self) -> int:

@@ -3,7 +3,8 @@
 Training reads one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). Micro-batch m of
 rank r starts at sample ``start + (m * ranks + r) * batch_size``; worker w of n reads the micro-batches with m % n == w.
 So the only state is the number of samples consumed. Where people without labels have a share of the samples, sample k
-is one of them if floor(share * k) rises from k to k + 1: they come as evenly as can be, whatever the batch.
+is one of them if floor(share * k) rises from k to k + 1: they come as evenly as can be, whatever the batch. Several
+datasets with labels divide what is left in the same way (see ``mixture.py``), each with epochs of its own.
 """
 
 import math
@@ -18,22 +19,18 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fpd_accel.augment import Geometry, draw_geometry, sample_generator
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 from fpd_accel.stop import outlive_stop
 
 
-def epoch_order(people: int, seed: int, epoch: int, *, source: int = 0) -> np.ndarray:
-    """The permutation of one epoch of a dataset."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, source])).permutation(people)
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a sample comes from: which dataset, which pass over it, which row of its people."""
 
-    source: int  # 0: with labels, 1: without
+    source: int  # the labelled datasets from 0 on, then the one without labels
     epoch: int
     row: int
 
@@ -44,6 +41,7 @@ class Source:
 
     shards: Shards
     number: int
+    labelled: bool = True
     order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)))
 
     def place(self, sample: int, *, seed: int | None) -> Place:
@@ -51,7 +49,7 @@ class Source:
         epoch, position = divmod(sample, len(self.shards))
         if seed is not None:
             if self.order[0] != epoch:
-                self.order = epoch, epoch_order(len(self.shards), seed, epoch, source=self.number)
+                self.order = epoch, self.shards.order(seed, epoch, source=self.number)
             position = int(self.order[1][position])
         return Place(self.number, epoch, int(self.shards.usable[position]))
 
@@ -74,13 +72,13 @@ class PoseStream(IterableDataset[Batch]):
     next epoch, so that every batch has ``batch_size`` people and every rank has as many batches: who counts people
     drops the repeated :attr:`Batch.rows`.
 
-    ``unlabelled`` people, of whatever skeleton, come with no keypoint visible and have ``share`` of the samples.
-    ``unbiased`` crops as UDP does.
+    ``shards`` may be a mixture of several. ``unlabelled`` people, of whatever skeleton, come with no keypoint visible
+    and have ``share`` of the samples. ``unbiased`` crops as UDP does.
     """
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Mixture,
         *,
         input_size: tuple[int, int],
         batch_size: int,
@@ -95,11 +93,14 @@ class PoseStream(IterableDataset[Batch]):
         unlabelled: Shards | None = None,
         share: float = 0.0,
     ) -> None:
-        self.shards, self.input_size, self.batch_size, self.padding = shards, input_size, batch_size, padding
+        self.people, self.skeleton = as_mixture(shards), shards.skeleton
+        self.input_size, self.batch_size, self.padding = input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
-        self.start, self.stop = start, len(shards) if stop is None else stop
+        self.start, self.stop = start, len(self.people) if stop is None else stop
         self.unbiased, self.share = unbiased, share if unlabelled is not None else 0.0
-        self.sources = [Source(s, number) for number, s in enumerate((shards, unlabelled)) if s is not None]
+        self.sources = [Source(labelled, number) for number, labelled in enumerate(self.people.datasets)]
+        if unlabelled is not None:
+            self.sources.append(Source(unlabelled, len(self.sources), labelled=False))
 
     def __len__(self) -> int:
         """Micro-batches of this rank."""
@@ -117,7 +118,7 @@ class PoseStream(IterableDataset[Batch]):
         people = self._read([self._place(sample) for sample in samples])
         geometries = [self._geometry(person) for person in people]
         crops, keypoints, visible = zip(*map(self._crop, people, geometries), strict=True)
-        unmixed = len(self.sources) == 1
+        labelled = [float(self.sources[person.place.source].labelled) for person in people]
         return Batch(
             crops=torch.from_numpy(np.stack(crops)),
             keypoints=torch.from_numpy(np.stack(keypoints).astype(np.float32)),
@@ -125,15 +126,16 @@ class PoseStream(IterableDataset[Batch]):
             centers=torch.from_numpy(np.stack([g.center for g in geometries]).astype(np.float32)),
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
             rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
-            labelled=None if unmixed else torch.tensor([1.0 - person.place.source for person in people]),
+            labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
         )
 
     def _place(self, sample: int) -> Place:
         seed = self.seed if self.augment is not None else None
         before, after = math.floor(self.share * sample), math.floor(self.share * (sample + 1))
         if after > before:
-            return self.sources[1].place(before, seed=seed)
-        return self.sources[0].place(sample - before, seed=seed)
+            return self.sources[-1].place(before, seed=seed)
+        number, own = self.people.locate(sample - before)
+        return self.sources[number].place(own, seed=seed)
 
     def _read(self, places: Sequence[Place]) -> list[Person]:
         """The people at some places, in their order; each dataset is read once."""
@@ -141,18 +143,19 @@ class PoseStream(IterableDataset[Batch]):
         for source in self.sources:
             chosen = [place for place in places if place.source == source.number]
             if chosen:
-                found |= zip(chosen, self._people(source.shards, chosen), strict=True)
+                found |= zip(chosen, self._people(source, chosen), strict=True)
         return [found[place] for place in places]
 
-    def _people(self, shards: Shards, places: Sequence[Place]) -> Iterator[Person]:
+    def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Person]:
+        shards = source.shards
         people = shards.people[[place.row for place in places]]
         pictures = shards.images[people["image_row"].tolist()]
-        nothing = np.zeros((self.shards.skeleton.num_keypoints, 3), dtype=np.float32)
+        nothing = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
         for i, place in enumerate(places):
             pixels = decode_image(pictures["bytes"][i])
             if pixels is None:
                 raise DataError(f"{shards.path}: image {pictures['file_name'][i]} no longer decodes; prepare it again")
-            keypoints = nothing if place.source else people["keypoints"][i].reshape(-1, 3)
+            keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else nothing
             yield Person(place, people["box"][i], keypoints, pixels)
 
     def _geometry(self, person: Person) -> Geometry:
@@ -166,7 +169,7 @@ class PoseStream(IterableDataset[Batch]):
         return draw_geometry(
             sample_generator(self.seed, place.epoch, place.row, source=place.source),
             self.augment,
-            skeleton=self.shards.skeleton,
+            skeleton=self.skeleton,
             center=center,
             size=size,
             keypoints=person.keypoints[:, :2],
@@ -180,7 +183,7 @@ class PoseStream(IterableDataset[Batch]):
         points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
         if geometry.flip:
             center = np.array([image_width - 1 - center[0], center[1]])
-            exchange = list(self.shards.skeleton.flip_index)
+            exchange = list(self.skeleton.flip_index)
             points, visible = points[exchange], visible[exchange]
         matrix = crop_matrix(
             center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation, unbiased=self.unbiased
@@ -193,6 +196,8 @@ class PoseStream(IterableDataset[Batch]):
 
 def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataLoader[Batch]:
     """Batches of a stream, read ahead by ``workers`` processes (0: in this one)."""
+    for source in stream.sources:
+        source.shards.open()
     return DataLoader(
         stream,
         batch_size=None,

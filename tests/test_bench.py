@@ -1,0 +1,131 @@
+"""``fpd-accel bench``: the commands run, and what they report is what they measured."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpd_accel import cli
+from fpd_accel.bench import data, probe
+from fpd_accel.bench.crowd import draw_crowd
+from fpd_accel.bench.environment import describe, environment
+from fpd_accel.data import PoseStream, Shards
+from fpd_accel.errors import DataError
+
+
+@pytest.fixture
+def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[Sequence[str]]:
+    """Measure little and in this process, which has imported everything, and list what was asked for."""
+    asked = []
+    monkeypatch.setattr(data, "OPENINGS", 1)
+    monkeypatch.setattr(data, "MEMORY_WORKERS", (0, 2))
+    monkeypatch.setattr(data, "RATE_WORKERS", (0, 1))
+    monkeypatch.setattr(probe, "REPEATS", 1)
+
+    def here(arguments: Sequence[str]) -> dict[str, Any]:
+        asked.append(arguments)
+        assert probe.main(arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setattr(data, "_probe", here)
+    return asked
+
+
+def test_bench_data_prints_a_table_and_writes_the_same_as_json(
+    probed_here: list[Sequence[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", "data", "--people", "7", "30", "--batch", "4", "--batches", "2"]
+    paths = ["--cache", tmp_path / "cache", "--json", tmp_path / "report.json"]
+    assert cli.main([*arguments, *map(str, paths)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    assert report["bench"] == "data"
+    assert report["environment"]["versions"]["torch"]
+    assert report["settings"]["batch"] == 4
+    small, large = report["datasets"]
+    assert (small["people"], small["images"], large["people"], large["images"]) == (7, 3, 30, 12)
+    for dataset in (small, large):
+        assert 0 < dataset["open_seconds"] < 60
+        assert set(dataset["loading"]) == {"0", "1", "2"}
+        for workers, measured in dataset["loading"].items():
+            assert measured["samples_per_second"] > 0
+            assert all(0 < measured["first_batch_seconds"][name] < 60 for name in ("start", "far"))
+            assert len(measured["worker_memory"]) == int(workers)
+            for memory in filter(None, measured["worker_memory"]):
+                assert 0 < memory["private"] <= memory["anonymous"] * 1.5
+                assert memory["anonymous"] <= memory["proportional"]
+    for words in ("30 people", "12 images", "last / first", "open, s", "each of 2 workers", "samples/s, 1 worker"):
+        assert words in printed
+    assert f"{large['loading']['0']['samples_per_second']:,.0f}" in printed
+    written = sorted((tmp_path / "cache").iterdir())
+    assert [folder.name for folder in written] == ["people_30", "people_7"]
+    kept = [folder.stat().st_mtime_ns for folder in written]
+    assert cli.main(["bench", "data", "--people", "7", "--batches", "1", "--cache", str(tmp_path / "cache")]) == 0
+    assert "last / first" not in capsys.readouterr().out
+    assert [folder.stat().st_mtime_ns for folder in written] == kept  # written once
+
+
+def test_a_probe_is_a_process_of_its_own(tiny_shards: Path) -> None:
+    found = data._probe([str(tiny_shards)])
+    shards = Shards(tiny_shards)
+    assert (found["people"], found["images"]) == (len(shards), len(shards.images))
+    assert 0 < found["seconds"] < 60
+
+
+def test_own_data_are_measured_where_they_are(
+    probed_here: list[Sequence[str]], tiny_shards: Path, tiny_valid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "data", "--data", str(tiny_shards), str(tiny_valid), "--batches", "1"]) == 0
+    assert f"{len(Shards(tiny_valid))} people" in capsys.readouterr().out
+    assert {arguments[0] for arguments in probed_here} == {str(tiny_shards), str(tiny_valid)}
+
+
+def test_a_crowd_is_ordinary_shards(tmp_path: Path) -> None:
+    shards = draw_crowd(tmp_path, 50)
+    assert (len(shards), len(shards.images)) == (50, 20)
+    batch = PoseStream(shards, input_size=(64, 48), batch_size=50).batch(range(50))
+    assert float(batch.visible.min()) == 1
+    assert batch.crops.float().std() > 20  # grey levels: there is something to see
+    assert draw_crowd(tmp_path / "again", 50).fingerprint == shards.fingerprint
+
+
+def test_an_environment_says_where_it_was_measured() -> None:
+    line = describe(environment())
+    for words in ("cores", "GB", "Python 3", "torch ", "datasets ", "fpd-accel "):
+        assert words in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--people", "0"], "--people 0: at least 1"),
+        (["--batch", "0"], "--batch 0: at least 1"),
+        (["--batches", "-1"], "--batches -1: at least 1"),
+        (["--data", "nowhere"], "nowhere: not a prepared dataset"),
+        (["--data", "nowhere", "--people", "3"], "--data does not go with --people and --cache"),
+        (["--people", "3", "--cache", "occupied/below"], "occupied/below: cannot be made"),
+        (["--people", str(10**12), "--cache", "cache"], "need 5000000.0 GB, but"),
+        (["--people", "3", "--json", "folder"], "folder: is a folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").touch()
+    (tmp_path / "folder").mkdir()
+    assert cli.main(["bench", "data", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_shards_that_cannot_be_read_are_refused_by_the_process_that_reads_them(tmp_path: Path) -> None:
+    shards = draw_crowd(tmp_path, 5)
+    next((shards.path / "people").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"people_5/people: cannot be opened"):
+        data.bench_data([shards])
