@@ -139,8 +139,10 @@ def test_job_that_gives_way_to_another_resumes_after_it(
 def test_signal_while_processes_are_starting_is_not_lost(
     cluster: Cluster, submit: Callable[..., str], folder: Path, undisturbed: np.ndarray
 ) -> None:
-    number = submit("early")
+    number, log = submit("early"), folder / "early.log"
     cluster.wait(number, "RUNNING")
+    while not (log.exists() and log.read_text()):  # the batch script has begun
+        time.sleep(0.01)
     cluster.run("scancel", "--signal=USR1", "--batch", number)
     assert_resumed_to_the_same_end(cluster, number, folder, "early", undisturbed)
 
