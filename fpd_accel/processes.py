@@ -63,6 +63,7 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
     if accelerator.num_processes != promised:
         raise TrainingError(
             f"{promised} processes were started, but each trains alone; without a GPU tell Accelerate so: "
+            "launch/local.sh N RECIPE.yaml, or "
             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node N recipes/distill.py --config RECIPE.yaml"
         )
     if accelerator.gradient_accumulation_steps != 1:
@@ -75,8 +76,7 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
             return accelerator  # nothing to shard
         _shard_all_the_same(accelerator, plugin)
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(_cores_per_process(accelerator.num_processes))
     return accelerator
 
 
@@ -88,6 +88,15 @@ def _check_launcher() -> None:
                 f"{tasks} processes were started ({variable}), but none knows of the others: RANK and WORLD_SIZE are "
                 "not set; start them with `sbatch launch/slurm.sbatch RECIPE.yaml`, accelerate launch or torchrun"
             )
+
+
+def _cores_per_process(processes: int) -> int:
+    """What a scheduler gave to this process, else its part of the cores that it may run on."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if given is not None and "SLURM_PROCID" in os.environ:
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
 
 
 def _environment_says(variable: str) -> bool:

@@ -300,6 +300,7 @@ def test_a_dataset_of_a_mixture_with_nobody_in_it_is_named(
     empty = Path(shutil.copytree(third, tmp_path / "empty"))
     description = json.loads((empty / "dataset.json").read_bytes())
     description["counts"] |= {"people": 0, "usable": 0}
+    (empty / "usable.npy").unlink()
     (empty / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     recipe = tiny_recipe(data={"train": [{"shards": str(tiny_shards)}, {"shards": str(empty)}]})
     with pytest.raises(ConfigError, match=rf"data\.train\.1\.shards: {empty} has images, but nobody"):

@@ -48,8 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
         "checkpoint": {"every_steps": 1000},  # none but those that a signal asks for, and the last
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
-    # The nodes share this host's cores, but each believes to have them all: their threads would fight.
-    (folder / "sitecustomize.py").write_text("import os\n\nos.cpu_count = lambda: 1\n")
     (folder / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
     return folder
 
@@ -63,7 +61,6 @@ def submit(cluster: Cluster, folder: Path) -> Callable[..., str]:
             "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--chdir={ROOT}",
             f"--output={folder}/{name}.log", "launch/slurm.sbatch", str(folder / "recipe.yaml"), f"run.name={name}",
             *overrides, FPD_ACTIVATE=str(folder / "activate"), CUDA_VISIBLE_DEVICES="", PYTHONWARNINGS="ignore",
-            PYTHONPATH=str(folder),
         )  # fmt: skip
 
     return submit
