@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers, write_checkpoint
+from fpd_accel.checkpoint import CheckpointWriter, checkpoints, continue_from, write_checkpoint
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
@@ -22,6 +22,7 @@ from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
 from fpd_accel.errors import CheckpointError, DataError, Preempted, TrainingError, UserError, local
 from fpd_accel.evaluation import evaluate
+from fpd_accel.files import replace_file
 from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
@@ -33,7 +34,7 @@ from fpd_accel.scoring import selection_metric
 from fpd_accel.stop import StopRequest
 from fpd_accel.student import Student
 from fpd_accel.teacher import Teacher
-from fpd_accel.visualize import comparison, save_picture
+from fpd_accel.visualize import comparison, encode_picture
 from fpd_accel.watchdog import Watchdog
 
 HINT = "Another rank that hangs looks the same from here: see its own message. Raise train.timeout_minutes if it works."
@@ -128,7 +129,7 @@ class Trainer:
             )
             stack.callback(self.writer.close)
             if accelerator.is_main_process:
-                clear_leftovers(self.writer.directory)
+                continue_from(self.writer.directory, self.step)
             if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
                 self._evaluate()  # of a finished run, by another protocol than before
             batches = self._batches()
@@ -318,9 +319,7 @@ class Trainer:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
             if self.accelerator.is_main_process:
-                path = self.directory / "predictions" / "valid.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(people), encoding="utf-8")
+                replace_file(self.directory / "predictions" / "valid.json", json.dumps(people))
 
     def _save_model(self, name: str) -> None:
         with self.student.averaged():
@@ -383,5 +382,5 @@ class Trainer:
         if losses.taught is not None:
             outputs["teacher"] = (losses.taught, self.distiller.teacher_codec)
         picture = comparison(batch, outputs, self.train_shards.skeleton)
-        save_picture(self.directory / "pictures" / f"step_{self.step:08d}.png", picture)
+        replace_file(self.directory / "pictures" / f"step_{self.step:08d}.png", encode_picture(picture, ".png"))
         self.log.picture("people", picture, self.step)

@@ -143,6 +143,8 @@ def compare(whole: Path, killed: Path, *, tolerance: float) -> float:
     Raises:
         Fault: it is not.
     """
+    if (files := lasting(whole)) != lasting(killed):
+        raise Fault(f"{killed}: other files than in {whole}: {sorted(files ^ lasting(killed))}")
     last = look(whole).whole[-1]
     names = (*(f"checkpoints/{last}/{name}" for name in TENSORS), "final/model", "best/model")
     largest = max(difference(whole / f"{name}.safetensors", killed / f"{name}.safetensors") for name in names)
@@ -162,6 +164,12 @@ def compare(whole: Path, killed: Path, *, tolerance: float) -> float:
         if states[0][key] != states[1][key] and (exact or key != "best_metrics"):
             raise Fault(f"state.json: {key} is {states[1][key]}, not {states[0][key]}")
     return largest
+
+
+def lasting(run: Path) -> set[str]:
+    """The files of a run that do not hang on how often it was started, by their path in it."""
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return {name for name in names if not name.startswith(("checkpoints/", "tensorboard/"))}
 
 
 def difference(one: Path, other: Path) -> float:
