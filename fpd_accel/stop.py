@@ -36,8 +36,10 @@ class StopRequest(AbstractContextManager["StopRequest"]):
 def outlive_stop(seconds: int = 60) -> None:
     """For processes that serve one which stops between two steps: they get its signals too, and must not go first.
 
-    SIGUSR1 is ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds`` later.
+    SIGUSR1 and Ctrl-C are ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds``
+    later.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(seconds))

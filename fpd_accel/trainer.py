@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
+        self.shards = [shards for shards in (train, valid, unlabelled) if shards is not None]
+        for shards in self.shards:
+            len(shards.images)  # opened here too, and so watched, although it may be loader processes that read them
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe, len(train))
@@ -128,6 +131,7 @@ class Trainer:
                 ("stop", "save", "problem"), ranks=accelerator.num_processes, minutes=recipe.train.timeout_minutes
             )
             stack.callback(self.writer.close)
+            stack.enter_context(self._reading())
             if accelerator.is_main_process:
                 continue_from(self.writer.directory, self.step)
             if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
@@ -144,7 +148,8 @@ class Trainer:
                 values = torch.zeros(len(self.meter.names), device=accelerator.device)
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
-                    batch = self._next(batches).to(accelerator.device)
+                    self._look_at(self.train_shards)
+                    batch = next(batches).to(accelerator.device)
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(student.model):
@@ -219,10 +224,14 @@ class Trainer:
             else TrainingError(f"{self.directory}: another process ended the run; its own message says why")
         )
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; what is wrong with the data, only this process knows."""
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What is wrong with the data, only this process knows.
+
+        That a loader process has died is told by a signal, so that the error may come from any line of the block.
+        """
         try:
-            return next(batches)
+            yield
         except DataError as error:  # from a loader process it comes with that one's traceback
             raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
         except RuntimeError as error:
@@ -230,10 +239,22 @@ class Trainer:
                 raise
             raise local(
                 DataError(
-                    f"{self.train_shards.path}: a loader process ended ({' '.join(str(error).split())}); were the "
+                    f"{self._suspect()}: a loader process ended ({' '.join(str(error).split())}); were the "
                     f"files changed under the job, or is memory short? {self._intact()}"
                 )
             ) from None
+
+    def _suspect(self) -> str:
+        """The file that has changed, if one has; else the people to train on."""
+        return next((changed for shards in self.shards if (changed := shards.changed())), str(self.train_shards.path))
+
+    def _look_at(self, shards: Shards) -> None:
+        """Before this process reads: a mapped file that was cut short would kill it by SIGBUS, without a word."""
+        if not self.recipe.data.workers and (changed := shards.changed()) is not None:
+            raise local(self._changed(changed))
+
+    def _changed(self, changed: str) -> DataError:
+        return DataError(f"{changed} while the run was reading it; {self._intact()}")
 
     def _intact(self) -> str:
         found = checkpoints(self.writer.directory)
@@ -286,10 +307,10 @@ class Trainer:
         bad = next((record for record in records if record["train_loss"] - record["train_loss"] != 0), None)
         if bad is not None:
             self._stop(f"the loss of step {bad['step']} is {bad['train_loss']}")
-        for shards in (self.train_shards, self.valid_shards, self.unlabelled_shards):
-            changed = shards.changed() if shards is not None and self.problem is None else None
+        for shards in self.shards:
+            changed = shards.changed() if self.problem is None else None
             if changed is not None:
-                self.problem = DataError(f"{changed} while the run was reading it; {self._intact()}")
+                self.problem = self._changed(changed)
 
     def _stop(self, problem: str) -> None:
         raise TrainingError(
@@ -301,6 +322,7 @@ class Trainer:
         """Metrics on the held-out people; the best student so far goes to ``best/``."""
         assert self.valid_shards is not None
         self.student.average_buffers()
+        self._look_at(self.valid_shards)
         with self.student.averaged() as model:
             metrics, people = evaluate(
                 model,

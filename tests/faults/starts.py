@@ -71,7 +71,10 @@ class Start:
                 os.kill(process, signal.SIGKILL)
 
     def kill_group(self) -> None:
-        os.killpg(self.pid, signal.SIGKILL)
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # just forked, and not yet in a group of its own
+            os.kill(self.pid, signal.SIGKILL)
 
     def kill_trainer(self) -> None:
         """That process alone: its loaders have to notice."""
