@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -131,7 +132,7 @@ class Trainer:
                 ("stop", "save", "problem"), ranks=accelerator.num_processes, minutes=recipe.train.timeout_minutes
             )
             stack.callback(self.writer.close)
-            stack.enter_context(self._reading())
+            stack.enter_context(self._failures())
             if accelerator.is_main_process:
                 continue_from(self.writer.directory, self.step)
             if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
@@ -225,8 +226,8 @@ class Trainer:
         )
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """What is wrong with the data, only this process knows.
+    def _failures(self) -> Iterator[None]:
+        """What is wrong with the data, or with the line to another rank, only this process knows.
 
         That a loader process has died is told by a signal, so that the error may come from any line of the block.
         """
@@ -235,11 +236,19 @@ class Trainer:
         except DataError as error:  # from a loader process it comes with that one's traceback
             raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            said = " ".join(str(error).split())
+            if self.accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "onnection " in said):
+                raise local(
+                    TrainingError(
+                        f"{self.directory}: another process is gone ({said}); its own message says why; "
+                        f"{self._intact()}, and the same command goes on"
+                    )
+                ) from None
+            if "DataLoader worker" not in said:
                 raise
             raise local(
                 DataError(
-                    f"{self._suspect()}: a loader process ended ({' '.join(str(error).split())}); were the "
+                    f"{self._suspect()}: a loader process ended ({said}); were the "
                     f"files changed under the job, or is memory short? {self._intact()}"
                 )
             ) from None
@@ -257,6 +266,8 @@ class Trainer:
         return DataError(f"{changed} while the run was reading it; {self._intact()}")
 
     def _intact(self) -> str:
+        """What is there to go on from, the one that is being written included."""
+        self._wait_for_writer()
         found = checkpoints(self.writer.directory)
         return f"{found[-1].name} is intact" if found else "there is no checkpoint yet"
 
@@ -311,6 +322,12 @@ class Trainer:
             changed = shards.changed() if self.problem is None else None
             if changed is not None:
                 self.problem = self._changed(changed)
+        if self._anywhere(self.problem is not None):
+            self._give_up()
+
+    def _anywhere(self, met: bool) -> bool:
+        """Whether it is so on any rank. All of them have to ask together, and the device is waited for."""
+        return bool(self.accelerator.reduce(torch.tensor(float(met), device=self.accelerator.device), "sum") > 0)
 
     def _stop(self, problem: str) -> None:
         raise TrainingError(

@@ -164,16 +164,18 @@ class Experiment:
 
     def _until(self, start: Start, run: Path, stale: set[str], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        for _ in self._staged(start, run, stale, pause=0.002):
+        for _ in self._hidden(start, run, stale, pause=0.002):
             if time.monotonic() > deadline:
                 return
 
     def _until_save(self, start: Start, run: Path, stale: set[str], number: int) -> None:
         """Until somewhere inside the save of this number, counted from the start."""
-        at_its_end = self.random.random() < 0.3  # renaming and pruning take a moment: wait at the door
+        # Renaming and pruning take a moment, which has to be waited for at the door.
+        moment = self.random.choices(("writing", "renamed", "pruning"), (0.6, 0.2, 0.2))[0]
         fraction = self.random.uniform(0, 1.1)
         before, began, saves = set[str](), time.monotonic(), 0
-        for now in self._staged(start, run, stale, pause=0.0005):
+        for hidden in self._hidden(start, run, stale, pause=0.0002 if moment == "pruning" else 0.0005):
+            now = {name for name in hidden if name.endswith(".writing")}
             seconds = time.monotonic() - began
             if now and now != before:
                 self.startup += 0.2 * (seconds - self.startup) if not saves else 0.0
@@ -181,19 +183,21 @@ class Experiment:
                 saves, began = saves + 1, time.monotonic()
             elif before and not now:
                 self.saving += 0.2 * (seconds - self.saving)
-                if saves >= number:
+                if saves >= number and moment != "pruning":
                     return
-            if now and saves >= number and not at_its_end and time.monotonic() - began >= fraction * self.saving:
+            if saves >= number and moment == "writing" and now and seconds >= fraction * self.saving:
+                return
+            if saves >= number and moment == "pruning" and hidden - now:
                 return
             before = now
 
-    def _staged(self, start: Start, run: Path, stale: set[str], *, pause: float) -> Iterator[set[str]]:
-        """The names of what is being staged, again and again; from ``stale`` go those that do not stay."""
+    def _hidden(self, start: Start, run: Path, stale: set[str], *, pause: float) -> Iterator[set[str]]:
+        """What is being staged and removed, again and again; from ``stale`` go the names that do not stay."""
         deadline = time.monotonic() + PATIENCE
         while start.running():
             names = listing(run / "checkpoints")
             stale &= names
-            yield {name for name in names - stale if name.endswith(".writing")}
+            yield {name for name in names - stale if name.endswith((".writing", ".removing"))}
             if time.monotonic() > deadline:
                 raise Fault(f"nothing to kill within {PATIENCE:.0f} s:\n{start.said()}")
             time.sleep(pause)
