@@ -34,6 +34,7 @@ from fpd_accel.log import warn
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+SET_ASIDE = "set_aside"
 
 
 class CheckpointWriter:
@@ -85,7 +86,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: it cannot be written; nothing of it is left, and those before it are as they were.
     """
-    staging = directory / f".step_{step:08d}.writing"
+    staging = directory / f".{_name(step)}.writing"
     try:
         return _write(directory, staging, step, tensors=tensors, state=state, keep=keep)
     except (OSError, SafetensorError) as error:
@@ -109,7 +110,7 @@ def _write(
     keep: int,
 ) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step_{step:08d}"
+    final = directory / _name(step)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     for name, group in tensors.items():
@@ -124,19 +125,41 @@ def _write(
         _remove(final)
     staging.rename(final)
     _flush(directory)
-    pointer = directory / ".latest"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    pointer.replace(directory / "latest")
+    _point_at(final)
     for old in checkpoints(directory)[:-keep]:
         _remove(old)
     return final
 
 
-def clear_leftovers(directory: Path) -> None:
-    """Remove what a killed run was writing or removing; no checkpoint is among it."""
+def continue_from(directory: Path, step: int) -> None:
+    """Bring a folder of checkpoints to where its run is: what a killed one was writing or removing goes.
+
+    What is newer than ``step`` moves to ``set_aside/``. It is damaged, or an older one was named to go on from: it must
+    not be resumed from, as it is not what comes of this run, nor count among those to keep.
+    """
     for pattern in (".step_*.writing", ".step_*.removing"):
         for path in directory.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
+    left, aside = checkpoints(directory), directory / SET_ASIDE
+    while left and left[-1].name > _name(step):
+        newer = left.pop()
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / newer.name, ignore_errors=True)
+        newer.rename(aside / newer.name)
+        warn(f"{newer}: the run goes on from step {step}, before it; moved to {aside}")
+    if left:  # a job that was killed between a checkpoint and its pointer
+        _point_at(left[-1])
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _point_at(checkpoint: Path) -> None:
+    """Let ``latest`` name a checkpoint."""
+    pointer = checkpoint.with_name(".latest")
+    pointer.write_text(checkpoint.name + "\n", encoding="utf-8")
+    pointer.replace(checkpoint.with_name("latest"))
 
 
 def _remove(checkpoint: Path) -> None:

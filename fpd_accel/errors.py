@@ -1,5 +1,6 @@
 """What a user can get wrong, as exceptions: the command line prints their message alone and exits with code 2."""
 
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command goes on
 
 

@@ -27,7 +27,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         DataError: the file cannot be written; nothing of it is left behind.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _replace(path, path.with_name(f".{path.name}.{os.getpid()}"), content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """The same in a run directory, where one process writes: what it leaves when it is killed, the next one overwrites.
+
+    Raises:
+        OSError: the file cannot be written; nothing of it is left behind.
+    """
+    _replace(path, path.with_name(f".{path.name}.writing"), content)
+
+
+def _replace(path: Path, staged: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
         if path.exists() and not path.is_file():  # a device such as /dev/null, or a pipe: nothing to take the place of
@@ -36,7 +51,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(data)
         staged.replace(path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             staged.unlink()
-        raise DataError(f"{path}: cannot be written: {error.strerror}; choose another file") from None
+        raise

@@ -4,10 +4,11 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -133,10 +134,16 @@ class RunLog(AbstractContextManager["RunLog"]):
         self.main, self.total_steps = is_main_process(), total_steps
         self._metrics = MetricsFile(directory / "metrics.jsonl", resume_step=step) if self.main else None
         self._board: Any = None
+        self._hook = threading.excepthook
         if self.main and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(directory / "tensorboard", purge_step=step + 1 if step else None)
+            threading.excepthook = self._thread_failed
+            try:
+                self._board = SummaryWriter(directory / "tensorboard", purge_step=step + 1 if step else None)
+            except OSError:
+                self.close()
+                raise
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
@@ -153,10 +160,20 @@ class RunLog(AbstractContextManager["RunLog"]):
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, each of them even if another cannot be."""
+        with ExitStack() as stack:
+            stack.callback(setattr, threading, "excepthook", self._hook)
+            for file in (self._metrics, self._board):
+                if file is not None:
+                    stack.callback(file.close)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread has no more to say of a disk than what the next call raises: no traceback."""
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
 
     def train(self, records: Sequence[dict[str, Any]]) -> None:
         """Write the records of the steps since the last call, and tell the person how it goes."""

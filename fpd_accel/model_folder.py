@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from fpd_accel.codecs import PoseCodec, create_codec
 from fpd_accel.config import Codec
 from fpd_accel.data.batch import Normalization
 from fpd_accel.errors import WeightsError
+from fpd_accel.files import replace_file
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.skeleton import Skeleton
 from fpd_accel.weights import WEIGHTS_NAME, load_weights
@@ -45,11 +47,13 @@ def save_model(folder: str | os.PathLike[str], weights: Mapping[str, Tensor], co
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     staged = folder / f".{WEIGHTS_NAME}"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, staged)
-    staged.replace(folder / WEIGHTS_NAME)
-    description = folder / ".config.json"
-    description.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    description.replace(folder / "config.json")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, staged)
+        staged.replace(folder / WEIGHTS_NAME)
+    except (OSError, SafetensorError):
+        staged.unlink(missing_ok=True)
+        raise
+    replace_file(folder / "config.json", json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
 
 
 def read_model_config(folder: str | os.PathLike[str]) -> ModelConfig:

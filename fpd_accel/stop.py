@@ -1,6 +1,7 @@
 """How a run is asked to stop: SIGTERM, which schedulers and launchers send, or SIGUSR1, which a batch script can."""
 
 import signal
+import sys
 import threading
 from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
@@ -33,11 +34,20 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self.name = signal.Signals(number).name
 
 
-def outlive_stop(seconds: int = 60) -> None:
+def outlive_stop(seconds: int = 30) -> None:
     """For processes that serve one which stops between two steps: they get its signals too, and must not go first.
 
-    SIGUSR1 is ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds`` later.
+    SIGUSR1 and Ctrl-C are ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds``
+    later: who is asked to stop is seldom given more.
     """
+    sys.excepthook = _say_unless_alone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(seconds))
+
+
+def _say_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """That the process it serves went away in the middle of a message is nothing to tell anybody."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

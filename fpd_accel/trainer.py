@@ -12,32 +12,30 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers, write_checkpoint
+from fpd_accel.checkpoint import write_checkpoint
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
-from fpd_accel.data.stream import PoseStream, make_loader
+from fpd_accel.data.stream import PoseStream, close_loader, make_loader
 from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
-from fpd_accel.errors import CheckpointError, DataError, Preempted, TrainingError, UserError, local
+from fpd_accel.errors import Preempted, TrainingError
 from fpd_accel.evaluation import evaluate
+from fpd_accel.files import replace_file
+from fpd_accel.guard import Guard
 from fpd_accel.log import RunLog, StepMeter, say
 from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
-from fpd_accel.processes import Consensus, on_first_rank
 from fpd_accel.report import protocol
 from fpd_accel.scoring import selection_metric
 from fpd_accel.stop import StopRequest
 from fpd_accel.student import Student
 from fpd_accel.teacher import Teacher
-from fpd_accel.visualize import comparison, save_picture
-from fpd_accel.watchdog import Watchdog
-
-HINT = "Another rank that hangs looks the same from here: see its own message. Raise train.timeout_minutes if it works."
+from fpd_accel.visualize import comparison, encode_picture
 
 
 class Trainer:
@@ -62,6 +60,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
+        self.guard = Guard(
+            recipe, accelerator, shards=[s for s in (train, valid, unlabelled) if s is not None], stop=stop
+        )
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe, len(train))
@@ -85,10 +86,6 @@ class Trainer:
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.evaluated = 0  # the last step that was
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
-        self.stop = stop or StopRequest()
-        self.problem: UserError | None = None  # met by this process, and not yet known to the others
-        self.writer = CheckpointWriter(self.directory / "checkpoints", background=recipe.checkpoint.background)
-        self.saved_at, self.asked_to_save = time.monotonic(), False
 
     @property
     def directory(self) -> Path:
@@ -122,21 +119,14 @@ class Trainer:
             self.log = stack.enter_context(
                 RunLog(self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard)
             )
-            self.watchdog = stack.enter_context(
-                Watchdog(60 * recipe.train.timeout_minutes, rank=accelerator.process_index, hint=HINT)
-            )
-            self.consensus = Consensus(
-                ("stop", "save", "problem"), ranks=accelerator.num_processes, minutes=recipe.train.timeout_minutes
-            )
-            stack.callback(self.writer.close)
-            if accelerator.is_main_process:
-                clear_leftovers(self.writer.directory)
+            stack.enter_context(self.guard.watching(step=self.step))
             if self._evaluation_is_due():  # left undone by a stop, or done by another protocol
                 self._evaluate()
             batches = self._batches()
+            stack.callback(close_loader, batches)
             student.train()
             while self.step < self.total_steps:
-                self.watchdog.alive(f"step {self.step + 1} of {self.total_steps}")
+                self.guard.watchdog.alive(f"step {self.step + 1} of {self.total_steps}")
                 rate = learning_rate(
                     recipe.optim, self.step, total_steps=self.total_steps, steps_per_epoch=self.steps_per_epoch
                 )
@@ -145,7 +135,8 @@ class Trainer:
                 values = torch.zeros(len(self.meter.names), device=accelerator.device)
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
-                    batch = self._next(batches).to(accelerator.device)
+                    self.guard.look_at(self.train_shards)
+                    batch = next(batches).to(accelerator.device)
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(student.model):
@@ -166,12 +157,10 @@ class Trainer:
     def _after_step(self, batch: Batch, losses: Losses) -> None:
         """What happens every so many steps; nothing is saved before the losses so far are known to be finite."""
         recipe, step = self.recipe, self.step
-        raised = self.consensus.exchange(self._flags())
-        if "problem" in raised:
-            self._give_up()
+        asked = self.guard.ask()
         done = step == self.total_steps
-        stopping = "stop" in raised and not done
-        saving = done or stopping or "save" in raised or step % recipe.checkpoint.every_steps == 0
+        stopping = "stop" in asked and not done
+        saving = done or stopping or "save" in asked or step % recipe.checkpoint.every_steps == 0
         evaluating = self._evaluation_is_due() and not stopping  # whoever asks for a stop has no time for it
         if saving or evaluating or step % recipe.log.every_steps == 0:
             self._flush()
@@ -185,60 +174,9 @@ class Trainer:
             self._save(wait=done or stopping)
         if stopping:
             raise Preempted(
-                f"{self.directory}: asked to stop ({self.stop.name or 'on another rank'}); saved at step {step} of "
-                f"{self.total_steps}; the same command goes on from there"
+                f"{self.directory}: asked to stop ({self.guard.stop.name or 'on another rank'}); saved at step {step} "
+                f"of {self.total_steps}; the same command goes on from there"
             )
-
-    def _flags(self) -> set[str]:
-        """What this process wants all of them to do."""
-        flags = {"stop"} if self.stop.name is not None else set()
-        minutes = self.recipe.checkpoint.save_every_minutes
-        if minutes is not None and not self.asked_to_save and self.accelerator.is_main_process:
-            self.asked_to_save = time.monotonic() - self.saved_at > 60 * minutes
-            flags |= {"save"} if self.asked_to_save else set()
-        if self.problem is None and self.writer.failed:
-            self._wait_for_writer()
-        return flags | ({"problem"} if self.problem is not None else set())
-
-    def _wait_for_writer(self) -> None:
-        try:
-            self.writer.wait()
-        except CheckpointError as error:
-            self.problem = error
-
-    def _give_up(self) -> None:
-        """End on every rank because of what one of them met."""
-
-        def first() -> None:
-            if self.problem is not None:
-                raise self.problem
-
-        on_first_rank(self.accelerator, first)
-        raise (
-            local(self.problem)
-            if self.problem is not None
-            else TrainingError(f"{self.directory}: another process ended the run; its own message says why")
-        )
-
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; what is wrong with the data, only this process knows."""
-        try:
-            return next(batches)
-        except DataError as error:  # from a loader process it comes with that one's traceback
-            raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise local(
-                DataError(
-                    f"{self.train_shards.path}: a loader process ended ({' '.join(str(error).split())}); were the "
-                    f"files changed under the job, or is memory short? {self._intact()}"
-                )
-            ) from None
-
-    def _intact(self) -> str:
-        found = checkpoints(self.writer.directory)
-        return f"{found[-1].name} is intact" if found else "there is no checkpoint yet"
 
     def _logged(self, losses: Losses) -> Tensor:
         """The values of one micro-batch in the order of the meter's names, left on the device."""
@@ -290,10 +228,7 @@ class Trainer:
         bad = next((record for record in records if record["train_loss"] - record["train_loss"] != 0), None)
         if bad is not None:
             self._stop(f"the loss of step {bad['step']} is {bad['train_loss']}")
-        for shards in (self.train_shards, self.valid_shards, self.unlabelled_shards):
-            changed = shards.changed() if shards is not None and self.problem is None else None
-            if changed is not None:
-                self.problem = DataError(f"{changed} while the run was reading it; {self._intact()}")
+        self.guard.look_at_all()
 
     def _stop(self, problem: str) -> None:
         raise TrainingError(
@@ -305,6 +240,7 @@ class Trainer:
         """Metrics on the held-out people; the best student so far goes to ``best/``."""
         assert self.valid_shards is not None
         self.student.average_buffers()
+        self.guard.look_at(self.valid_shards)
         with self.student.averaged() as model:
             metrics, people = evaluate(
                 model,
@@ -316,7 +252,7 @@ class Trainer:
                 compare=self.distiller.compare,
                 workers=self.recipe.data.workers,
                 accelerator=self.accelerator,
-                watchdog=self.watchdog,
+                watchdog=self.guard.watchdog,
             )
         self.evaluated = self.step
         self.log.evaluation(metrics, self.step, protocol=self.protocol)
@@ -324,9 +260,7 @@ class Trainer:
             self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
             self._save_model("best")
             if self.accelerator.is_main_process:
-                path = self.directory / "predictions" / "valid.json"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(people), encoding="utf-8")
+                replace_file(self.directory / "predictions" / "valid.json", json.dumps(people))
 
     def _save_model(self, name: str) -> None:
         with self.student.averaged():
@@ -345,32 +279,20 @@ class Trainer:
             self._stop(f"the weights after step {self.step} are not finite")
         self.student.average_buffers()
         tensors = self.student.state()
-        self.saved_at, self.asked_to_save = time.monotonic(), False
-        if self.accelerator.is_main_process:
-            state = {
-                "samples": self.samples,
-                "best_metrics": self.best_metrics,
-                "evaluated": self.evaluated,
-                "protocol": self.protocol,
-                "seed": self.recipe.run.seed,
-                "topology": self.topology,
-                **self.provenance,
-            }
-            write = partial(
-                write_checkpoint, self.writer.directory, self.step, tensors=tensors, state=state,
-                keep=self.recipe.checkpoint.keep,
-            )  # fmt: skip
-            try:
-                self.writer.submit(write)
-            except CheckpointError as error:
-                self.problem = error
-        if wait:
-            on_first_rank(self.accelerator, self._written)
-
-    def _written(self) -> None:
-        if self.problem is not None:
-            raise self.problem
-        self.writer.wait()
+        state = {
+            "samples": self.samples,
+            "best_metrics": self.best_metrics,
+            "evaluated": self.evaluated,
+            "protocol": self.protocol,
+            "seed": self.recipe.run.seed,
+            "topology": self.topology,
+            **self.provenance,
+        }
+        write = partial(
+            write_checkpoint, self.directory / "checkpoints", self.step, tensors=tensors, state=state,
+            keep=self.recipe.checkpoint.keep,
+        )  # fmt: skip
+        self.guard.save(write, wait=wait)
 
     def _finish(self) -> None:
         self._save_model("final")
@@ -390,5 +312,5 @@ class Trainer:
         if losses.taught is not None:
             outputs["teacher"] = (losses.taught, self.distiller.teacher_codec)
         picture = comparison(batch, outputs, self.train_shards.skeleton)
-        save_picture(self.directory / "pictures" / f"step_{self.step:08d}.png", picture)
+        replace_file(self.directory / "pictures" / f"step_{self.step:08d}.png", encode_picture(picture, ".png"))
         self.log.picture("people", picture, self.step)

@@ -118,5 +118,9 @@ def save_picture(path: Path, picture: Picture) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    encoded = cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
-    write_whole(path, encoded.tobytes())
+    write_whole(path, encode_picture(picture, path.suffix))
+
+
+def encode_picture(picture: Picture, suffix: str) -> bytes:
+    """The bytes of a PNG or JPEG file, by its suffix."""
+    return cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()

@@ -4,15 +4,16 @@ accelerate launch recipes/distill.py --config recipes/quickstart.yaml
 accelerate launch recipes/distill.py --config RECIPE.yaml --resume auto train.global_batch=64 optim.lr=5e-4
 
 Exit codes: 0 finished; 2 something outside the program is wrong; 75 stopped by SIGTERM or SIGUSR1, saved, and to be
-started again.
+started again; 130 interrupted by Ctrl-C, without a checkpoint of that step.
 """
 
 import argparse
+import faulthandler
 import os
 import sys
 
 from fpd_accel.config import accumulation_steps, load_recipe
-from fpd_accel.errors import EXIT_PREEMPTED, Preempted, UserError
+from fpd_accel.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted, UserError
 from fpd_accel.log import fail, say
 from fpd_accel.stop import StopRequest
 
@@ -49,8 +50,12 @@ def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
         leave()
     except UserError as error:
         return fail(error)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoint")
+        return EXIT_INTERRUPTED
     return 0
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # where no message is possible, as of a file cut short that is mapped: at least the place
     sys.exit(main())

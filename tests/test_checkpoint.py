@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpd_accel.checkpoint import CheckpointWriter, checkpoints, clear_leftovers, problem, write_checkpoint
+from fpd_accel.checkpoint import CheckpointWriter, checkpoints, continue_from, problem, write_checkpoint
 from fpd_accel.errors import CheckpointError
 
 TENSORS = {"student": {"weight": torch.arange(6.0).reshape(2, 3)}}
@@ -77,7 +77,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     for name in (".step_00000002.writing", ".step_00000000.removing"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "student.safetensors").write_bytes(b"half")
-    clear_leftovers(tmp_path)
+    continue_from(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 

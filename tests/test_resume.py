@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
 from fpd_accel.config import load_recipe
-from fpd_accel.errors import CheckpointError
+from fpd_accel.errors import CheckpointError, Preempted
+from fpd_accel.stop import StopRequest
 
 ROOT = Path(__file__).parents[1]
 CURVE = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
@@ -110,6 +111,35 @@ def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilling: Callable[[str
     shutil.rmtree(tmp_path / "named" / "checkpoints" / "step_00000012")
     run(load_recipe(tmp_path / "named.yaml"), resume=str(tmp_path / "named" / "checkpoints" / "step_00000006"))
     assert_same_end(tmp_path / "whole", tmp_path / "named")
+
+
+def test_what_is_newer_than_a_named_checkpoint_is_set_aside(
+    distilling: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fpd_accel.run import run
+
+    train(distilling("whole"))
+    train(distilling("named"))
+    folder = tmp_path / "named" / "checkpoints"
+    flip_bit(folder / "step_00000012" / "student.safetensors")
+    recipe = load_recipe(tmp_path / "named.yaml", ["checkpoint.save_every_minutes=1e-9", "checkpoint.every_steps=100"])
+    stop = StopRequest()
+    stop.name = "SIGTERM"  # after one step
+    with pytest.raises(Preempted):
+        run(recipe, resume=str(folder / "step_00000006"), stop=stop)
+    assert [path.name for path in checkpoints(folder)] == ["step_00000006", "step_00000007"]
+    assert {path.name for path in (folder / "set_aside").iterdir()} == {"step_00000009", "step_00000012"}
+    assert (folder / "latest").read_text() == "step_00000007\n"
+    assert "step_00000012: the run goes on from step 6, before it; moved to" in capsys.readouterr().err
+    train(tmp_path / "named.yaml")
+    assert_same_end(tmp_path / "whole", tmp_path / "named")
+
+
+def test_pointer_that_a_killed_run_left_behind_is_mended(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished / "done", tmp_path / "done")
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    train(finished / "recipe.yaml", f"run.root={tmp_path}")
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
 
 
 def test_checkpoint_of_another_run_is_refused(distilling: Callable[[str], Path], tmp_path: Path) -> None:

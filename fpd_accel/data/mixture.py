@@ -48,6 +48,11 @@ class Mixture:
         """Where all of them are, for messages."""
         return " + ".join(str(shards.path) for shards in self.datasets)
 
+    def open(self) -> None:
+        """Map the files of all of them."""
+        for shards in self.datasets:
+            shards.open()
+
     def changed(self) -> str | None:
         """The first file that is no longer the one that was opened, if any."""
         return next(filter(None, (shards.changed() for shards in self.datasets)), None)

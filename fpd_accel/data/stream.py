@@ -208,6 +208,13 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
     )
 
 
+def close_loader(batches: Iterator[Batch]) -> None:
+    """End a loader's processes now: at the end of the interpreter they would be sent the SIGTERM that they outlive."""
+    end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
+    if end is not None:
+        end()
+
+
 def _start_worker(_: int) -> None:
     """One thread per worker: OpenCV's own threads would fight with the other workers'. It stops after its trainer."""
     cv2.setNumThreads(0)

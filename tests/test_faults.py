@@ -1,0 +1,492 @@
+"""What may happen to a running job, disks and data and processes, ends it with one message and costs nothing before."""
+
+import itertools
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_from_disk
+
+from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
+
+ROOT = Path(__file__).parents[1]
+DISTILL = ROOT / "recipes" / "distill.py"
+ENVIRONMENT = {
+    **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        for child in children(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def children(process: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False)
+    return [int(line) for line in listed.stdout.split()]
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env={**ENVIRONMENT, **environment}, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+def start_ranks(recipe: Path, *, script: Path = DISTILL) -> list[subprocess.Popen[str]]:
+    """Two ranks as a launcher would start them, each with its own exit code and its own last words."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    everywhere = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(str(script), "--config", str(recipe), RANK=rank, LOCAL_RANK=rank, **everywhere) for rank in ("0", "1")
+    ]
+
+
+@pytest.fixture
+def distill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """A function that runs the command in this process; its exit code, and what it said."""
+
+    def main(recipe: Path, *overrides: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(DISTILL), "--config", str(recipe), *overrides])
+        capfd.readouterr()
+        code = runpy.run_path(str(DISTILL))["main"]()
+        return code, " ".join(capfd.readouterr().err.split())
+
+    return main
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """A function by which something happens to a run of this process right after a step."""
+
+    def arrange(step: int, deed: Callable[[], object]) -> None:
+        from fpd_accel.student import Student
+
+        taken, steps = Student.step, itertools.count(1)
+
+        def take(student: Student, rate: float) -> None:
+            taken(student, rate)
+            if next(steps) == step:
+                deed()
+
+        monkeypatch.setattr(Student, "step", take)
+
+    return arrange
+
+
+def curve(directory: Path) -> list[tuple[int, float]]:
+    found = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["train_loss"]) for record in found if record["kind"] == "train"]
+
+
+def assert_intact(directory: Path, *, step: int) -> None:
+    """The newest checkpoint is that of a step, all verify, and nothing else lies beside them."""
+    folder = directory / "checkpoints"
+    assert all(problem(checkpoint) is None for checkpoint in checkpoints(folder))
+    newest = newest_whole(folder)
+    assert newest is not None
+    assert read_state(newest)["step"] == step
+    assert sorted(path.name for path in folder.glob(".*")) == []
+    assert (folder / "latest").read_text().strip() == newest.name
+
+
+# ---- disks that take no more
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, str], None]]:
+    """A function that mounts a file system of some size at a folder, or gives the one there another size."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, size: str) -> None:
+        options = f"size={size},mode=755" if folder not in mounted else f"remount,size={size}"
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield mount
+    for folder in set(mounted):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def short_recipe(tiny_recipe: Callable[..., Path]) -> Callable[[str], Path]:
+    """Six steps, evaluated after each epoch, a checkpoint after each third step."""
+
+    def write(name: str, **sections: dict) -> Path:
+        values = {
+            "run": {"name": name},
+            "train": {"steps": 6, "ema_decay": 0.9},
+            "evaluate": {"every_epochs": 0.3},
+            "checkpoint": {"every_steps": 3, "keep": 2},
+        }
+        for section, change in sections.items():
+            values[section] = values.get(section, {}) | change
+        return tiny_recipe(file_name=f"{name}.yaml", **values)
+
+    return write
+
+
+def test_disk_full_at_a_checkpoint(
+    short_recipe: Callable[..., Path],
+    distill: Callable[..., tuple[int, str]],
+    small_disk: Callable[[Path, str], None],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "full" / "checkpoints"
+    small_disk(folder, "2m")  # one has 1.3 MB
+    code, said = distill(short_recipe("full"))
+    assert code == 2, said
+    assert f"{folder}: the checkpoint of step 6 (" in said
+    assert "No space left on device" in said
+    assert "; step_00000003, before it, is intact; make room and run the same command again" in said
+    assert "Traceback" not in said
+    assert_intact(folder.parent, step=3)
+    small_disk(folder, "64m")
+    code, said = distill(tmp_path / "full.yaml")
+    assert code == 0, said
+    assert_intact(folder.parent, step=6)
+    assert distill(short_recipe("whole"))[0] == 0
+    assert curve(tmp_path / "full") == curve(tmp_path / "whole")
+
+
+def test_file_larger_than_allowed_at_a_checkpoint(
+    short_recipe: Callable[..., Path], distill: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    recipe = short_recipe("limited", evaluate={"every_epochs": None})
+    assert distill(recipe, "train.steps=3")[0] == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        code, said = distill(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2, said
+    assert "the checkpoint of step 6 (" in said
+    assert "File too large" in said
+    assert "step_00000003, before it, is intact" in said
+    assert "Traceback" not in said
+    assert_intact(tmp_path / "limited", step=3)
+    assert distill(recipe)[0] == 0
+
+
+PARTS = {
+    "best": {},
+    "final": {"evaluate": {"every_epochs": None}, "data": {"valid": None, "workers": 0}},
+    "predictions": {},
+    "pictures": {"log": {"pictures_every_steps": 2}},
+    "tensorboard": {"log": {"tensorboard": True}},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_disk_full_elsewhere(
+    part: str,
+    short_recipe: Callable[..., Path],
+    distill: Callable[..., tuple[int, str]],
+    small_disk: Callable[[Path, str], None],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "full" / part
+    small_disk(folder, "4k")
+    if part == "tensorboard":
+        (folder / "others").write_bytes(bytes(4096))
+    recipe = short_recipe("full", **PARTS[part])
+    code, said = distill(recipe)
+    assert code == 2, said
+    assert str(tmp_path / "full") in said
+    assert "No space left on device" in said
+    assert "make room and run the same command again" in said
+    assert "Traceback" not in said
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    found = checkpoints(tmp_path / "full" / "checkpoints")
+    assert all(problem(checkpoint) is None for checkpoint in found)
+    small_disk(folder, "64m")
+    code, said = distill(recipe)
+    assert code == 0, said
+    assert_intact(tmp_path / "full", step=6)
+    assert [step for step, _ in curve(tmp_path / "full")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_disk_full_at_the_metrics(
+    short_recipe: Callable[..., Path],
+    distill: Callable[..., tuple[int, str]],
+    small_disk: Callable[[Path, str], None],
+    tmp_path: Path,
+) -> None:
+    recipe = short_recipe("full", evaluate={"every_epochs": None}, data={"valid": None})
+    assert distill(recipe, "train.steps=3", "optim.schedule=constant")[0] == 0
+    saved = tmp_path / "saved"
+    shutil.move(tmp_path / "full", saved)
+    small_disk(tmp_path / "full", "16m")
+    shutil.copytree(saved, tmp_path / "full", dirs_exist_ok=True)
+    status = os.statvfs(tmp_path / "full")
+    (tmp_path / "full" / "others").write_bytes(bytes(status.f_bfree * status.f_bsize - 3 * 4096))
+    code, said = distill(recipe, "train.steps=90", "checkpoint.every_steps=100")
+    assert code == 2, said
+    assert "No space left on device" in said
+    assert "make room and run the same command again" in said
+    assert "Traceback" not in said
+    assert_intact(tmp_path / "full", step=3)
+    (tmp_path / "full" / "others").unlink()
+    assert distill(recipe, "train.steps=90", "checkpoint.every_steps=100")[0] == 0
+    assert [step for step, _ in curve(tmp_path / "full")] == list(range(1, 91))
+
+
+# ---- data that change under the job
+
+
+@pytest.fixture
+def own_shards(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the people to train on, to be spoiled."""
+    return shutil.copytree(tiny_shards, tmp_path / "shards")
+
+
+def images_file(shards: Path) -> Path:
+    return next((shards / "images").glob("*.arrow"))
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, 4096)
+
+
+def replace(file: Path) -> None:
+    other = file.with_name("other")
+    shutil.copy(file, other)
+    other.replace(file)
+
+
+def overwrite(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.seek(size // 10)
+        opened.write(b"\xff" * (size * 8 // 10))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("deed", [remove, truncate, replace, overwrite])
+def test_data_changed_under_a_job(
+    deed: Callable[[Path], None],
+    workers: int,
+    short_recipe: Callable[..., Path],
+    own_shards: Path,
+    after_step: Callable[[int, Callable[[], object]], None],
+    distill: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    recipe = short_recipe(
+        "read", data={"train": str(own_shards), "valid": None, "workers": workers}, train={"steps": 100},
+        checkpoint={"every_steps": 5}, log={"every_steps": 5},
+    )  # fmt: skip
+    after_step(6, lambda: deed(images_file(own_shards)))
+    code, said = distill(recipe)
+    assert code == 2, said
+    assert str(own_shards) in said
+    assert "Traceback" not in said
+    assert any(text in said for text in ("while the run was reading it", "a loader process ended", "no longer decodes"))
+    assert_intact(tmp_path / "read", step=5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_held_out_data_cut_short_under_a_job(
+    workers: int,
+    short_recipe: Callable[..., Path],
+    tiny_valid: Path,
+    after_step: Callable[[int, Callable[[], object]], None],
+    distill: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    valid = shutil.copytree(tiny_valid, tmp_path / "valid")
+    recipe = short_recipe(
+        "read", data={"valid": str(valid), "workers": workers}, train={"steps": 100}, evaluate={"every_epochs": 1},
+        log={"every_steps": 5}, checkpoint={"every_steps": 5},
+    )  # fmt: skip
+    after_step(6, lambda: truncate(images_file(valid)))
+    code, said = distill(recipe)
+    assert code == 2, said
+    assert str(valid) in said
+    assert "Traceback" not in said
+    assert_intact(tmp_path / "read", step=5)
+
+
+# ---- numbers that are none
+
+
+def change_rows(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Write the rows of an Arrow dataset anew."""
+    rows = load_from_disk(str(folder))
+    changed = Dataset.from_list([change(row) for row in rows], features=rows.features)
+    del rows
+    shutil.rmtree(folder)
+    changed.save_to_disk(str(folder))
+
+
+def order_of(shards: Path) -> np.ndarray:
+    """Rows of ``people`` in the order in which seed 0 takes them first."""
+    from fpd_accel.data.shards import Shards
+    from fpd_accel.data.stream import epoch_order
+
+    opened = Shards(shards)
+    return opened.usable[epoch_order(len(opened), 0, 0)]
+
+
+@pytest.fixture
+def spoilt_loss(tmp_path: Path) -> Callable[[int, int], Path]:
+    """A function that writes a command like the real one, in which the loss of one rank at one step is no number."""
+
+    def write(rank: int, step: int) -> Path:
+        script = tmp_path / "spoilt_loss.py"
+        script.write_text(
+            "import itertools, os, runpy, sys\n"
+            "from dataclasses import replace\n"
+            "from fpd_accel.distill import Distiller\n"
+            "forward, calls = Distiller.forward, itertools.count(1)\n"
+            "def spoilt(self, batch):\n"
+            "    losses = forward(self, batch)\n"
+            f"    wrong = next(calls) == {step} and os.environ.get('RANK', '0') == '{rank}'\n"
+            "    return replace(losses, total=losses.total * float('nan')) if wrong else losses\n"
+            "Distiller.forward = spoilt\n"
+            f"runpy.run_path({str(DISTILL)!r}, run_name='__main__')\n"
+        )
+        return script
+
+    return write
+
+
+@pytest.mark.timeout(200)
+def test_loss_that_is_no_number_on_one_rank_ends_both_at_the_same_step(
+    short_recipe: Callable[..., Path], spoilt_loss: Callable[[int, int], Path], tmp_path: Path
+) -> None:
+    recipe = short_recipe("spoilt", data={"valid": None}, log={"every_steps": 6})
+    ranks = start_ranks(recipe, script=spoilt_loss(1, 5))
+    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert f"{tmp_path / 'spoilt'}: the loss of step 5 is nan; nothing was saved after it" in said[0]
+    assert "Traceback" not in said[0] + said[1]
+    assert_intact(tmp_path / "spoilt", step=3)
+    again = start_ranks(recipe)
+    said = [again[0].communicate(timeout=100)[1], again[1].communicate(timeout=100)[1]]
+    assert [rank.returncode for rank in again] == [0, 0], said
+    assert_intact(tmp_path / "spoilt", step=6)
+    assert [step for step, _ in curve(tmp_path / "spoilt")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_teacher_that_gives_no_numbers_ends_the_run(
+    short_recipe: Callable[..., Path], distill: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    from fpd_accel.model_folder import ModelConfig, save_model
+    from fpd_accel.models import create_model
+    from fpd_accel.skeleton import COCO
+
+    weights = create_model("tiny_w8", 17).state_dict()
+    weights["head.bias"].fill_(float("nan"))
+    save_model(tmp_path / "teacher", weights, ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64)))
+    sections = {"teacher": {"weights": str(tmp_path / "teacher")}, "distill": {"mode": "fpd"}}
+    code, said = distill(short_recipe("spoilt", **sections))
+    assert code == 2, said
+    assert "the loss of step 1 is nan" in said
+    assert checkpoints(tmp_path / "spoilt" / "checkpoints") == []
+
+
+# ---- processes that end
+
+
+@pytest.mark.timeout(200)
+def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
+    short_recipe: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    from fpd_accel.data.shards import Shards
+
+    images = Shards(own_shards).people[order_of(own_shards).tolist()]["image_row"].tolist()
+    image = next(images[k] for k in range(12, 24) if k % 4 >= 2 and images[k] not in images[:k])
+    numbers = iter(range(10**6))
+    change_rows(
+        own_shards / "images", lambda record: record if next(numbers) != image else record | {"bytes": b"no picture"}
+    )
+    ranks = start_ranks(short_recipe("spoilt", data={"train": str(own_shards), "valid": None}))
+    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "error (rank 1):" in said[1]
+    assert "another process is gone" in said[0]
+    assert "step_00000003 is intact, and the same command goes on" in said[0]
+    assert "no longer decodes; prepare it again" in said[1]
+    assert "Traceback" not in said[0] + said[1]
+
+
+@pytest.mark.timeout(250)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
+    victim: int, short_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = short_recipe("torn", train={"steps": 60}, data={"valid": None}, checkpoint={"every_steps": 5})
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    job = start(*launcher, str(DISTILL), "--config", str(recipe), "train.steps=3000", "optim.schedule=constant")
+    metrics = tmp_path / "torn" / "metrics.jsonl"
+    while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.01)
+    os.kill(sorted(children(job.pid))[victim], signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode not in (0, None)
+    assert "another process is gone" in said
+    assert "SIGKILL" in said  # torchrun's summary, of the one that was killed
+    newest = newest_whole(tmp_path / "torn" / "checkpoints")
+    assert newest is not None
+    step = read_state(newest)["step"]
+    again = start(*launcher, str(DISTILL), "--config", str(recipe), f"train.steps={step + 5}")
+    _, said = again.communicate(timeout=100)
+    assert again.returncode == 0, said
+    assert [step for step, _ in curve(tmp_path / "torn")] == list(range(1, step + 6))
+
+
+def test_ctrl_c_ends_the_run_without_leaving_anything_half_written(
+    short_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "interrupted"
+    sections = {"train": {"steps": 3000}, "checkpoint": {"every_steps": 2}, "data": {"valid": None, "workers": 1}}
+    job = start(str(DISTILL), "--config", str(short_recipe("interrupted", **sections)))
+    while not (folder / "checkpoints").is_dir() or not list((folder / "checkpoints").glob(".step_*.writing")):
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.0005)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does, loader processes included
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 130, said
+    assert "interrupted; the same command goes on from the last checkpoint" in said
+    assert "Traceback" not in said
+    newest = newest_whole(folder / "checkpoints")
+    assert newest is not None
+    assert_intact(folder, step=read_state(newest)["step"])
