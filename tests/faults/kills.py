@@ -185,9 +185,9 @@ class Experiment:
                 self.saving += 0.2 * (seconds - self.saving)
                 if saves >= number and moment != "pruning":
                     return
-            if saves >= number and moment == "writing" and now and seconds >= fraction * self.saving:
-                return
             if saves >= number and moment == "pruning" and hidden - now:
+                return
+            if saves >= number and moment == "writing" and now and time.monotonic() - began >= fraction * self.saving:
                 return
             before = now
 
