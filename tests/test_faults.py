@@ -263,6 +263,21 @@ def test_disk_full_at_the_metrics(
     assert [step for step, _ in curve(tmp_path / "full")] == list(range(1, 91))
 
 
+@pytest.mark.timeout(200)
+def test_disk_full_on_the_rank_that_writes_ends_both(
+    short_recipe: Callable[..., Path], small_disk: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    small_disk(tmp_path / "full" / "best", "4k")
+    recipe = short_recipe("full", evaluate={"every_epochs": 0.5})  # after the checkpoint of step 3
+    ranks = start_ranks(recipe)
+    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "No space left on device" in said[0]
+    assert "another process is gone" in said[1]
+    assert "Traceback" not in said[0] + said[1]
+    assert_intact(tmp_path / "full", step=3)
+
+
 # ---- data that change under the job
 
 
@@ -341,6 +356,28 @@ def test_held_out_data_cut_short_under_a_job(
     assert str(valid) in said
     assert "Traceback" not in said
     assert_intact(tmp_path / "read", step=5)
+
+
+def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
+    short_recipe: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "cut_short.py"
+    script.write_text(
+        "import os, runpy\n"
+        "from fpd_accel.data.stream import PoseStream\n"
+        "batch = PoseStream.batch\n"
+        "def cut(self, samples):\n"
+        f"    if samples.start == 20: os.truncate({str(images_file(own_shards))!r}, 4096)\n"
+        "    return batch(self, samples)\n"
+        "PoseStream.batch = cut\n"
+        f"runpy.run_path({str(DISTILL)!r}, run_name='__main__')\n"
+    )
+    job = start(str(script), "--config", str(short_recipe("cut", data={"train": str(own_shards), "valid": None})))
+    _, said = job.communicate(timeout=100)
+    assert job.returncode == -signal.SIGBUS, said
+    assert "Fatal Python error: Bus error" in said
+    assert "stream.py" in said
+    assert_intact(tmp_path / "cut", step=3)
 
 
 # ---- numbers that are none
@@ -448,9 +485,8 @@ def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
 
 
 @pytest.mark.timeout(250)
-@pytest.mark.parametrize("victim", [0, 1])
 def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
-    victim: int, short_recipe: Callable[..., Path], tmp_path: Path
+    short_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = short_recipe("torn", train={"steps": 60}, data={"valid": None}, checkpoint={"every_steps": 5})
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -459,7 +495,7 @@ def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
     while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
-    os.kill(sorted(children(job.pid))[victim], signal.SIGKILL)
+    os.kill(max(children(job.pid)), signal.SIGKILL)  # the slow tests kill any of them, and all
     _, said = job.communicate(timeout=60)
     assert job.returncode not in (0, None)
     assert "another process is gone" in said
