@@ -153,12 +153,17 @@ class Guard:
                 ) from None
             if "DataLoader worker" not in said:
                 raise
-            raise local(
-                DataError(
-                    f"{self._suspect()}: a loader process ended ({said}); were the files changed under the job, or is "
-                    f"memory short? {self._intact()}"
-                )
-            ) from None
+            raise self._loader_ended(said) from None
+        except (ConnectionError, EOFError) as error:  # of a loader process that died in the middle of a batch
+            raise self._loader_ended(type(error).__name__) from None
+
+    def _loader_ended(self, said: str) -> UserError:
+        return local(
+            DataError(
+                f"{self._suspect()}: a loader process ended ({said}); were the files changed under the job, or is "
+                f"memory short? {self._intact()}"
+            )
+        )
 
     def _suspect(self) -> str:
         """The file that has changed, if one has; else the people to train on."""
