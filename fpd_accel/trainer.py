@@ -132,7 +132,7 @@ class Trainer:
                 ("stop", "save", "problem"), ranks=accelerator.num_processes, minutes=recipe.train.timeout_minutes
             )
             stack.callback(self.writer.close)
-            stack.enter_context(self._failures())
+            stack.enter_context(self.failures())
             if accelerator.is_main_process:
                 continue_from(self.writer.directory, self.step)
             if self.step == self.total_steps and self.valid_shards is not None and not self.best_metrics:
@@ -226,7 +226,7 @@ class Trainer:
         )
 
     @contextmanager
-    def _failures(self) -> Iterator[None]:
+    def failures(self) -> Iterator[None]:
         """What is wrong with the data, or with the line to another rank, only this process knows.
 
         That a loader process has died is told by a signal, so that the error may come from any line of the block.
@@ -237,21 +237,19 @@ class Trainer:
             raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
         except RuntimeError as error:
             said = " ".join(str(error).split())
-            if self.accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "onnection " in said):
-                raise local(
-                    TrainingError(
-                        f"{self.directory}: another process is gone ({said}); its own message says why; "
-                        f"{self._intact()}, and the same command goes on"
-                    )
-                ) from None
-            if "DataLoader worker" not in said:
-                raise
-            raise local(
-                DataError(
-                    f"{self._suspect()}: a loader process ended ({said}); were the "
-                    f"files changed under the job, or is memory short? {self._intact()}"
+            if "DataLoader worker" in said:
+                problem: UserError = DataError(
+                    f"{self._suspect()}: a loader process ended ({said}); were the files changed under the job, or is "
+                    f"memory short? {self._intact()}"
                 )
-            ) from None
+            elif self.accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "onnection " in said):
+                problem = TrainingError(
+                    f"{self.directory}: another process is gone ({said}); its own message says why; {self._intact()}, "
+                    "and the same command goes on"
+                )
+            else:
+                raise
+            raise local(problem) from None
 
     def _suspect(self) -> str:
         """The file that has changed, if one has; else the people to train on."""
