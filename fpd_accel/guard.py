@@ -52,7 +52,7 @@ class Guard:
                 minutes=self.recipe.train.timeout_minutes,
             )
             stack.callback(self.writer.close)
-            stack.enter_context(self._explained())
+            stack.enter_context(self.explaining())
             if self.accelerator.is_main_process:
                 continue_from(self.writer.directory, step)
             yield
@@ -133,7 +133,7 @@ class Guard:
         raise TrainingError(f"{self.recipe.run.directory}: another process ended the run; its own message says why")
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def explaining(self) -> Iterator[None]:
         """What is wrong with the data, or with the line to another rank, only this process knows.
 
         That a loader process has died is told by a signal, so that the error may come from any line of the block.
@@ -144,6 +144,8 @@ class Guard:
             raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
         except RuntimeError as error:
             said = " ".join(str(error).split())
+            if "DataLoader worker" in said:
+                raise self._loader_ended(said) from None
             if self.accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "onnection " in said):
                 raise local(
                     TrainingError(
@@ -151,9 +153,7 @@ class Guard:
                         f"{self._intact()}, and the same command goes on"
                     )
                 ) from None
-            if "DataLoader worker" not in said:
-                raise
-            raise self._loader_ended(said) from None
+            raise
         except (ConnectionError, EOFError) as error:  # of a loader process that died in the middle of a batch
             raise self._loader_ended(type(error).__name__) from None
 

@@ -113,7 +113,8 @@ def run(
         best = trainer.fit()
         scores = []
         if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
-            metrics = _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)
+            with trainer.guard.explaining():
+                metrics = _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)
             scores.append(Score("teacher", taught[0], metrics))
         scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()

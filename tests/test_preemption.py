@@ -128,7 +128,7 @@ def test_checkpoint_by_the_clock(long_recipe: Callable[..., Path], tmp_path: Pat
 
 
 def test_second_job_on_a_run_directory_refuses(long_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe, folder = long_recipe("one"), tmp_path / "one"
+    recipe, folder = long_recipe("one", train={"steps": 100 * STEPS}), tmp_path / "one"  # still there when asked
     first = start(recipe)
     wait_for_step(folder, 1, first)
     second = start(recipe)

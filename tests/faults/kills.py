@@ -74,10 +74,10 @@ class Experiment:
         self.work, self.wanted, self.seed, self.ranks = work, kills, seed, ranks
         self.fork = fork and ranks == 1
         self.random = random.Random(seed)
-        self.steps = EVERY * (kills + 6)
+        self.steps = EVERY * (kills + 6) * (1 if ranks == 1 else 3)  # a start of ranks gets further before its kill
         self.tally, self.sessions, self.deviation = Tally(), set[int](), 0.0
         # Seconds, learnt on the way: to the first save of a start, from one to the next, of one.
-        self.startup, self.cycle, self.saving = (5.0, 1.0, 0.1) if ranks == 1 else (20.0, 3.0, 0.1)
+        self.startup, self.cycle, self.saving = (5.0, 1.0, 0.1) if ranks == 1 else (10.0, 1.0, 0.1)
 
     def run(self) -> None:
         """Do it all.
@@ -178,12 +178,12 @@ class Experiment:
             now = {name for name in hidden if name.endswith(".writing")}
             seconds = time.monotonic() - began
             if now and now != before:
-                self.startup += 0.2 * (seconds - self.startup) if not saves else 0.0
-                self.cycle += 0.2 * (seconds - self.cycle) if saves else 0.0
+                self.startup += 0.4 * (seconds - self.startup) if not saves else 0.0
+                self.cycle += 0.4 * (seconds - self.cycle) if saves else 0.0
                 saves, began = saves + 1, time.monotonic()
             elif before and not now:
                 self.saving += 0.2 * (seconds - self.saving)
-                if saves >= number and moment != "pruning":
+                if saves >= number + (moment == "pruning"):  # that may be over before it was seen: once more, then
                     return
             if saves >= number and moment == "pruning" and hidden - now:
                 return
