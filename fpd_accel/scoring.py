@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int
 
 from fpd_accel.config import Evaluate
 from fpd_accel.data.detections import Detections
@@ -25,7 +25,7 @@ PCK_THRESHOLDS = {"torso": 0.2, "box": 0.1}  # share of the torso's length, or o
 class Predictions:
     """Keypoints of N people in image pixels, as arrays that share their first axis."""
 
-    rows: Int64[np.ndarray, " person"]  # of the people in the shards
+    rows: Int[np.ndarray, " person"]  # of the people in the shards
     keypoints: Float[np.ndarray, "person joint 2"]
     scores: Float[np.ndarray, "person joint"]  # heatmap maxima
 
@@ -120,7 +120,7 @@ def ground_truth_predictions(shards: Shards, *, rows: np.ndarray | None = None) 
     A network says something about every keypoint, so unlabelled ones lie in the middle of the box. ``rows`` takes some
     usable people alone.
     """
-    rows = np.asarray(shards.usable if rows is None else rows, dtype=np.int64)
+    rows = shards.usable if rows is None else rows
     people = shards.people[rows]
     triples = people["keypoints"].reshape(len(rows), -1, 3)
     middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]

@@ -395,10 +395,9 @@ def change_rows(folder: Path, change: Callable[[dict], dict]) -> None:
 def order_of(shards: Path) -> np.ndarray:
     """Rows of ``people`` in the order in which seed 0 takes them first."""
     from fpd_accel.data.shards import Shards
-    from fpd_accel.data.stream import epoch_order
 
     opened = Shards(shards)
-    return opened.usable[epoch_order(len(opened), 0, 0)]
+    return opened.usable[opened.order(0, 0, source=0)]
 
 
 @pytest.fixture
