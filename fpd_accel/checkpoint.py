@@ -11,7 +11,6 @@ there is one that does not verify, and the one before it is taken.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fpd_accel.errors import CheckpointError
+from fpd_accel.files import flush
 from fpd_accel.log import warn
 
 MANIFEST = "MANIFEST.json"
@@ -120,14 +120,17 @@ def _write(
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in sorted(staging.iterdir())}
     (staging / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     for path in (*staging.iterdir(), staging):
-        _flush(path)
+        flush(path)
     if final.exists():  # a damaged one of the same step, which resuming passed over
         _remove(final)
     staging.rename(final)
-    _flush(directory)
-    _point_at(final)
-    for old in checkpoints(directory)[:-keep]:
-        _remove(old)
+    flush(directory)
+    try:
+        _point_at(final)
+        for old in checkpoints(directory)[:-keep]:
+            _remove(old)
+    except OSError as error:  # it is written all the same
+        warn(f"{directory}: {final.name} is written, but what is older could not be cleared: {error}")
     return final
 
 
@@ -242,11 +245,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Put saved tensors back into an optimizer of the same model, sharded or not."""
+    saved = load_file(path)
+    if not saved:  # plain SGD remembers nothing
+        return
     options = StateDictOptions(full_state_dict=True)
     whole: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))  # for its parameter groups
     parameters = dict(model.named_parameters())
     state: dict[str, Any] = {}
-    for flat, tensor in load_file(path).items():
+    for flat, mapped in saved.items():
+        tensor = mapped.clone()  # else the file stays open as long as the run, and NFS cannot remove it
         name, _, key = flat.rpartition("::")
         parameter = parameters[name]
         if tensor.shape == parameter.shape and not isinstance(parameter, DTensor):
@@ -260,12 +267,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

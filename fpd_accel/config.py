@@ -184,7 +184,7 @@ class Train(Section):
     freeze_norm: bool = False  # keep the running statistics of normalisation layers, and use them
     channels_last: bool = True  # memory format of images and convolutions
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"  # student copied to each rank, or sharded; auto: as launched
-    sync_norm: bool = False  # batch normalisation over the people of all ranks; GPUs alone
+    sync_norm: bool = False  # batch normalisation over the people of all ranks; GPUs alone, each layer waits
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # without progress, after which a process ends with a message
 
 

@@ -42,6 +42,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
     _replace(path, path.with_name(f".{path.name}.writing"), content)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _replace(path: Path, staged: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:
@@ -50,6 +59,7 @@ def _replace(path: Path, staged: Path, content: str | bytes) -> None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_bytes(data)
+        flush(staged)
         staged.replace(path)
     except OSError:
         with suppress(OSError):

@@ -15,7 +15,7 @@ from fpd_accel.codecs import PoseCodec, create_codec
 from fpd_accel.config import Codec
 from fpd_accel.data.batch import Normalization
 from fpd_accel.errors import WeightsError
-from fpd_accel.files import replace_file
+from fpd_accel.files import flush, replace_file
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.skeleton import Skeleton
 from fpd_accel.weights import WEIGHTS_NAME, load_weights
@@ -49,6 +49,7 @@ def save_model(folder: str | os.PathLike[str], weights: Mapping[str, Tensor], co
     staged = folder / f".{WEIGHTS_NAME}"
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, staged)
+        flush(staged)
         staged.replace(folder / WEIGHTS_NAME)
     except (OSError, SafetensorError):
         staged.unlink(missing_ok=True)

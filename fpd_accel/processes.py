@@ -1,6 +1,7 @@
 """One run on several processes: who is there, who decides, and how all of them act in the same step."""
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -18,7 +19,8 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from fpd_accel.errors import TrainingError, UserError
+from fpd_accel import errors
+from fpd_accel.errors import DataError, TrainingError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -127,6 +129,9 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> R
             answer[0] = function()
         except UserError as error:
             answer[1] = (type(error), str(error))
+        except Exception as error:  # nobody may be left waiting, whatever it is
+            broadcast_object_list([None, (TrainingError, f"rank 0 failed: {type(error).__name__}: {error}")])
+            raise
     broadcast_object_list(answer)
     result, problem = answer
     if problem is not None:
@@ -141,6 +146,37 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def on_every_rank(accelerator: Accelerator, function: Callable[[], Result], *, same: Callable[[Result], Any]) -> Result:
+    """What a function gives on each rank, if it goes well on all of them and is the same by ``same``.
+
+    For what each process opens itself. The :class:`UserError` of the first that has one is raised on all.
+
+    Raises:
+        DataError: the ranks have opened different things.
+    """
+    if accelerator.num_processes == 1:
+        return function()
+    result, mine = None, ("", "", "")
+    try:
+        result = function()
+        mine = ("", "", repr(same(result)))
+    except UserError as error:
+        mine = (type(error).__name__, str(error), "")
+    answers: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(answers, (socket.gethostname(), *mine))
+    for rank, (machine, kind, message, _) in enumerate(answers):
+        if kind:
+            raise getattr(errors, kind)(message if rank == 0 else f"rank {rank} on {machine}: {message}")
+    for rank, (machine, _, _, found) in enumerate(answers):
+        if found != answers[0][-1]:
+            raise DataError(
+                f"rank {rank} on {machine} has opened other data or weights than rank 0 on {answers[0][0]}: {found}, "
+                f"not {answers[0][-1]}; all machines need the same files"
+            )
+    assert result is not None
+    return result
+
+
 class Consensus:
     """Flags of which each rank knows a part, and upon which all have to act in the same step.
 
@@ -151,7 +187,15 @@ class Consensus:
     def __init__(self, flags: Sequence[str], *, ranks: int, minutes: float = 30.0) -> None:
         self.flags = tuple(flags)
         timeout = timedelta(minutes=PATIENCE * minutes)
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
+        self._group: Any = None
+        if ranks > 1:
+            try:
+                self._group = dist.new_group(backend="gloo", timeout=timeout)
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"the processes do not reach each other over gloo ({' '.join(str(error).split())}); "
+                    "GLOO_SOCKET_IFNAME names the network interface to use, such as eth0"
+                ) from None
         self._pending: tuple[Work, torch.Tensor] | None = None
 
     def exchange(self, raised: set[str]) -> set[str]:

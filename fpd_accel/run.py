@@ -28,9 +28,9 @@ from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.models.simcc import SimCCModel
-from fpd_accel.processes import create_accelerator, is_sharded, on_first_rank
+from fpd_accel.processes import create_accelerator, is_sharded, on_every_rank, on_first_rank
 from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
-from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, write_recipe
+from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, weights_digest, write_recipe
 from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
 from fpd_accel.trainer import Trainer
@@ -58,20 +58,32 @@ def run(
     if recipe.train.sync_norm and accelerator.device.type != "cuda":
         raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
     _draw_missing_data(recipe, accelerator)
-    train, valid = _open_data(recipe)
-    unlabelled = _open_unlabelled(recipe)
+    train, valid, unlabelled = on_every_rank(
+        accelerator,
+        lambda: (*_open_data(recipe), _open_unlabelled(recipe)),
+        same=lambda opened: [people.fingerprint for people in opened if people is not None],
+    )
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
         _train_missing_teacher(recipe, accelerator, stop)
     set_seed(recipe.run.seed)
-    student = _create_student(recipe, train.skeleton.num_keypoints)
-    taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
-    hard = recipe.distill.hard_keypoints
-    if hard is not None and hard > train.skeleton.num_keypoints:
-        raise ConfigError(
-            f"distill.hard_keypoints: {hard}, but {train.path} has {train.skeleton.num_keypoints} keypoints"
-        )
-    if taught is not None:
-        _check_objective(recipe, student, taught)
+
+    def networks() -> tuple[PoseModel, tuple[ModelConfig, nn.Module] | None]:
+        student = _create_student(recipe, train.skeleton.num_keypoints)
+        taught = _open_teacher(recipe, train) if recipe.distill.mode == "fpd" else None
+        hard = recipe.distill.hard_keypoints
+        if hard is not None and hard > train.skeleton.num_keypoints:
+            raise ConfigError(
+                f"distill.hard_keypoints: {hard}, but {train.path} has {train.skeleton.num_keypoints} keypoints"
+            )
+        if taught is not None:
+            _check_objective(recipe, student, taught)
+        return student, taught
+
+    student, taught = on_every_rank(
+        accelerator,
+        networks,
+        same=lambda made: [weights_digest(network.state_dict()) for network in (made[0], *(made[1] or ())[1:])],
+    )
     with RunLock(recipe.run.directory) as lock, _disk_errors(recipe):
         origin = provenance(
             recipe,
@@ -381,9 +393,9 @@ def evaluate_folder(
             f"{data} has {shards.skeleton.name!r} ({shards.skeleton.num_keypoints})"
         )
     shards = with_boxes(shards, options)
-    accelerator = create_accelerator(precision)
+    accelerator = create_accelerator(precision, parallel="ddp")  # there is nothing to shard
     metrics, people = evaluate(
-        accelerator.prepare_model(load_model(folder), evaluation_mode=True),
+        accelerator.prepare_model(load_model(folder).to(accelerator.device), evaluation_mode=True),
         shards,
         codec=config.create_codec(),
         normalization=config.normalization,

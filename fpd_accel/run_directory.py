@@ -67,11 +67,14 @@ class RunLock(AbstractContextManager["RunLock"]):
             self._file = (self.directory / LOCK_NAME).open("a+", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"run.root: {self.directory}: cannot be made: {error.strerror}") from None
-        deadline = time.monotonic() + LOCK_PATIENCE
+        deadline, job = time.monotonic() + LOCK_PATIENCE, os.environ.get("SLURM_JOB_ID")
         while not self._try():
             if time.monotonic() > deadline:
                 self._file.seek(0)
                 holder = self._file.read().strip() or "unknown"
+                if job is not None and holder.endswith(f"Slurm job {job}"):  # Slurm has ended it, or its node is lost
+                    warn(f"{self.directory}: still locked by this job's last start ({holder}); going on")
+                    return
                 self._file.close()
                 self._file = None
                 raise CheckpointError(
@@ -80,7 +83,6 @@ class RunLock(AbstractContextManager["RunLock"]):
                 )
             time.sleep(0.1)
         self._file.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
         self._file.write(f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}\n" if job else "\n"))
         self._file.flush()
 

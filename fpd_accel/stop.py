@@ -34,7 +34,7 @@ class StopRequest(AbstractContextManager["StopRequest"]):
         self.name = signal.Signals(number).name
 
 
-def outlive_stop(seconds: int = 30) -> None:
+def outlive_stop(seconds: int = 60) -> None:
     """For processes that serve one which stops between two steps: they get its signals too, and must not go first.
 
     SIGUSR1 and Ctrl-C are ignored; SIGTERM, with which an abandoned process is ended as well, is obeyed ``seconds``

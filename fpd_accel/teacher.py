@@ -32,8 +32,10 @@ class Teacher:
         ``shard``: each rank keeps a part of the weights, and the parts that the network names as its ``units`` are
         gathered one at a time; all ranks have to ask together.
         """
-        self.model = model.eval().requires_grad_(False).to(device)
-        if shard:
+        self.model = model.eval().requires_grad_(False)
+        if not shard:
+            self.model.to(device)
+        else:  # each part goes to the device by itself, and no device ever holds the whole
             for unit in (*(model.unit_modules() if isinstance(model, PoseModel) else ()), model):
                 fully_shard(unit, reshard_after_forward=True)
         self.model.train = self._decline  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     A collective operation waits for every rank, and one that hangs in it cannot raise an exception. So a thread watches
     the clock; it prints the rank, the machine, the last sign of life and the stack, and exits without cleaning up. The
-    launcher then ends the other ranks. Time during which the machine sleeps does not count.
+    launcher then ends the other ranks. Time during which machine or process are suspended does not count.
     """
 
     def __init__(self, seconds: float, *, rank: int = 0, hint: str = "") -> None:
@@ -53,12 +53,18 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.seconds / 4)):
-            silent = time.monotonic() - self._last
-            if silent > self.seconds and not self._paused:
+        interval, silent, heard = min(1.0, self.seconds / 4), 0.0, self._last
+        before = time.monotonic()
+        while not self._over.wait(interval):
+            now = time.monotonic()
+            # A process that was suspended has not been silent for all that time.
+            silent = 0.0 if self._last != heard or self._paused else silent + min(now - before, 2 * interval)
+            heard, before = self._last, now
+            if silent > self.seconds:
                 self._end(silent)
 
     def _end(self, silent: float) -> None:
+        threading.Timer(10, os._exit, (EXIT_HUNG,)).start()  # the log may be on the disk that hangs
         print(
             f"error: rank {self.rank} on {socket.gethostname()} (pid {os.getpid()}) has made no progress for "
             f"{silent:.0f} s; it was at: {self._doing}. {self.hint}".rstrip(),

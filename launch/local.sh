@@ -25,6 +25,10 @@ PYTHON
   echo "error: this python has no torch: activate the environment, or: uv run launch/local.sh …" >&2
   exit 2
 }
+if ((0 < gpus && gpus < processes)) && [[ ${ACCELERATE_USE_CPU:-} != true ]]; then
+  echo "error: this machine has $gpus GPUs, not $processes; for its processor's cores put ACCELERATE_USE_CPU=true in front" >&2
+  exit 2
+fi
 if ((gpus < processes)); then
   export ACCELERATE_USE_CPU=true # without it, processes without GPUs do not find each other
 fi
@@ -57,7 +61,9 @@ while ((${#ranks[@]})); do
     fi
     status=0
     wait "$process" || status=$?
-    code=$((status > code ? status : code))
+    if ((status != 0 && (code == 0 || code == 75))); then # a failure says more than 75, which asks for a new start
+      code=$status
+    fi
     if ((status != 0)); then
       deadline=${deadline:-$((SECONDS + 60))} # for the others, which may wait for this one in vain
     fi

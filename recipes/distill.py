@@ -38,6 +38,10 @@ def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
     try:
         recipe = load_recipe(arguments.config, arguments.overrides)
         accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError as error:
+        error.local = os.environ.get("LOCAL_RANK", "0") == "0"  # it may be this machine's files that are missing
+        return fail(error)
+    try:
         from fpd_accel.processes import leave  # torch comes in here, behind every check that does not need it
         from fpd_accel.run import run
 

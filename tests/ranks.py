@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/ranks.py '[["train", "recipe.yaml", ["run.name
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from fpd_accel import evaluation
 from fpd_accel.config import Evaluate, load_recipe
 from fpd_accel.data.shards import Shards
 from fpd_accel.distill import Distiller
+from fpd_accel.errors import UserError
 from fpd_accel.evaluation import evaluate
 from fpd_accel.model_folder import load_model, read_model_config
 from fpd_accel.processes import create_accelerator
@@ -24,6 +26,14 @@ from fpd_accel.student import Student
 
 def train(recipe: str, overrides: list[str]) -> None:
     run(load_recipe(recipe, overrides))
+
+
+def train_from(*recipes: str) -> None:
+    """Each rank with its own recipe, which must not be."""
+    try:
+        run(load_recipe(recipes[int(os.environ["RANK"])], check_files=False))
+    except UserError as error:
+        print("refused:", error, file=sys.stderr, flush=True)
 
 
 def train_with_slow_scores(recipe: str, overrides: list[str], seconds: float) -> None:
@@ -68,7 +78,13 @@ def dtypes(recipe: str, overrides: list[str]) -> None:
         print("dtypes:", *inside, heatmaps.dtype, *weights, file=sys.stderr)
 
 
-TASKS = {"train": train, "train_with_slow_scores": train_with_slow_scores, "score": score, "dtypes": dtypes}
+TASKS = {
+    "train": train,
+    "train_from": train_from,
+    "train_with_slow_scores": train_with_slow_scores,
+    "score": score,
+    "dtypes": dtypes,
+}
 
 if __name__ == "__main__":
     for name, *arguments in json.loads(sys.argv[1]):

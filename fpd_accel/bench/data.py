@@ -31,6 +31,9 @@ def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 10
     Raises:
         DataError: a dataset cannot be read.
     """
+    for shards in datasets:
+        if not len(shards):
+            raise DataError(f"{shards.path}: has nobody that could be cropped, so there is nothing to measure")
     workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
     measurements = [temperature for temperature in _temperatures() for _ in range(OPENINGS)]
     measurements += [[f"--workers={n}", f"--batch={batch}", f"--batches={batches}"] for n in workers]

@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from fpd_accel.data.remote import Layout, Part, PublishedFile, join
+from fpd_accel.data.remote import Layout, Part, PublishedFile, images_digest, join
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.log import track
@@ -120,16 +120,21 @@ def _write_file(
     first: pa.Table, others: Iterator[pa.Table], name: str, outlet: _Outlet, *, file_size: int
 ) -> PublishedFile:
     """One file of ``first`` and as many of the ``others`` as fit."""
-    path, counts = outlet.staging / name, [len(first)]
+    path, counts, digests = outlet.staging / name, [len(first)], list[str]()
+    is_images = name.startswith("images")
     options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
-    options["compression"] = "NONE" if name.startswith("images") else "ZSTD"  # a JPEG has nothing left to compress
+    options["compression"] = "NONE" if is_images else "ZSTD"  # a JPEG has nothing left to compress
     with _writing(str(path)), pq.ParquetWriter(path, first.schema, **options) as writer:
         writer.write_table(first, row_group_size=len(first))
+        digests += [images_digest(first)] if is_images else []
         while path.stat().st_size < file_size and (table := next(others, None)) is not None:
             writer.write_table(table, row_group_size=len(table))
             counts.append(len(table))
+            digests += [images_digest(table)] if is_images else []
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    file = PublishedFile(path=name, size=path.stat().st_size, sha256=digest, groups=tuple(counts))
+    file = PublishedFile(
+        path=name, size=path.stat().st_size, sha256=digest, groups=tuple(counts), digests=tuple(digests)
+    )
     outlet.put(name)
     return file

@@ -47,6 +47,17 @@ class UnreachableError(DataError):
     """Nothing is known about the file, not even that it is missing."""
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def images_digest(table: pa.Table) -> str:
+    """SHA-256 of ids and bytes of the images of a row group."""
+    digest = hashlib.sha256(repr(table.column("id").to_pylist()).encode())
+    for image in table.column("bytes"):
+        digest.update(image.as_buffer())
+    return digest.hexdigest()
+
+
 class PublishedFile(BaseModel):
     """A Parquet file as ``dataset.json`` lists it."""
 
@@ -54,8 +65,9 @@ class PublishedFile(BaseModel):
 
     path: Annotated[str, Field(pattern=r"^(images|people)/\w+\.parquet$")]  # below the dataset's folder
     size: Count  # bytes
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     groups: tuple[Count, ...]  # rows of each row group
+    digests: tuple[Sha256, ...] = ()  # of the images of each row group, which are read one by one
 
 
 class Layout(BaseModel):
@@ -200,7 +212,12 @@ class Published:
             with downloaded.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
                     raise DataError(f"{url}: not the file that dataset.json describes (SHA-256); {AGAIN}")
-            rows = Dataset.from_parquet(str(downloaded), cache_dir=str(work / "cache"))
+            try:
+                rows = Dataset.from_parquet(str(downloaded), cache_dir=str(work / "cache"))
+            except datasets.exceptions.DatasetGenerationError as error:
+                if isinstance(error.__cause__, OSError):  # the disk is full, most likely
+                    raise error.__cause__ from None
+                raise DataError(f"{url}: cannot be read as Parquet ({error}); {AGAIN}") from None
         for written in rows.cache_files:
             path = Path(written["filename"])
             path.rename(work / "arrow" / path.name)
@@ -238,6 +255,8 @@ class Published:
                     raise DataError(f"{url}: row group {number} is damaged ({error}); {AGAIN}") from None
             if len(table) != file.groups[number]:
                 raise DataError(f"{url}: row group {number} has {len(table)} images; {AGAIN}")
+            if images_digest(table) != file.digests[number]:
+                raise DataError(f"{url}: row group {number} is not what dataset.json describes (SHA-256); {AGAIN}")
             return table
 
         return persistently(url, read)

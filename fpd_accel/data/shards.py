@@ -97,6 +97,7 @@ class Shards:
             self.description: dict[str, Any] = json.loads(content)
             found = self.description["format"]
             readable = OLDEST_FORMAT <= found <= FORMAT
+            _ = self.description["sha256"], int(self.description["counts"]["people"])
             if readable:
                 self.skeleton = Skeleton.model_validate(self.description["skeleton"])
             if readable and "parquet" in self.description:
@@ -169,6 +170,8 @@ class Shards:
                 rows = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
                 if rows.shape != (self.description["counts"]["usable"],):
                     raise ValueError(f"{rows.shape} rows")
+                if len(rows) and rows[-1] >= self.description["counts"]["people"]:
+                    raise ValueError(f"row {rows[-1]} of {self.description['counts']['people']}")
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{file}: damaged ({error}); prepare the dataset again") from None
             return rows

@@ -8,6 +8,7 @@ fetch the next window in the background. Three windows lie there, the one behind
 
 import hashlib
 import os
+import socket
 import threading
 import time
 from collections import deque
@@ -110,7 +111,10 @@ class StreamedImages:
     """Rows of images by their numbers, from Arrow files of their row groups that this node shares."""
 
     def __init__(self, published: Published, *, window: int) -> None:
-        self.published, self.window, self.folder = published, window, published.folder / "stream"
+        # Not shared with other machines, which would remove what is mapped here, nor with streams of other windows.
+        own = hashlib.sha256(f"{published.path} {window}".encode()).hexdigest()[:8]
+        self.published, self.window = published, window
+        self.folder = published.folder / "stream" / f"{socket.gethostname()}_{own}"
         self._opened: dict[int, Dataset] = {}  # row groups, the oldest first
         self._plan: list[np.ndarray] = []  # row groups of the windows of an epoch, and of the first of the next one
         self._window_of: dict[int, int] = {}
@@ -148,7 +152,8 @@ class StreamedImages:
             path = self._path(group)
             try:
                 opened = Dataset.from_file(str(path))
-                os.utime(path)  # in use: what was not for longest is removed first
+                with suppress(PermissionError):  # somebody else's
+                    os.utime(path)  # in use: what was not for longest is removed first
             except FileNotFoundError:  # or removed again in between
                 self._fetch(group)
             except (OSError, ValueError) as error:
