@@ -493,7 +493,7 @@ def test_workers_fetch_the_next_window_ahead_and_share_what_they_fetch(server: S
 def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -> None:
     shards = StreamedShards(published, window=WINDOW)
     folder = shards.images.folder
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "000003.part").write_bytes(b"half")
     (folder / "000099.part").write_bytes(b"of a process that was killed yesterday")
     os.utime(folder / "000099.part", (0, 0))
@@ -502,6 +502,15 @@ def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -
     cut(folder / "000003.arrow")
     with pytest.raises(DataError, match=r"000003\.arrow: cannot be opened \(.*\); remove it, to fetch it again"):
         _ = StreamedShards(published, window=WINDOW).images[[3]]
+
+
+def test_images_that_are_not_those_of_the_description_are_not_streamed(published: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(published, tmp_path / "copy"))
+    description = json.loads((copy / "dataset.json").read_bytes())
+    description["parquet"]["images"][0]["digests"][0] = "0" * 64
+    (copy / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=r"row group 0 is not what dataset\.json describes \(SHA-256\)"):
+        _ = StreamedShards(copy, window=WINDOW).images[[0]]
 
 
 def test_a_stream_that_breaks_off_is_tried_again_and_then_named(server: Server) -> None:
@@ -623,7 +632,7 @@ def test_a_run_whose_stream_breaks_off_ends_with_one_line_and_keeps_its_checkpoi
     )
     train(recipe)
     server.stop()
-    for path in cache.rglob("stream/*.arrow"):
+    for path in cache.rglob("stream/*/*.arrow"):
         path.unlink()
     with pytest.raises(DataError, match=r"images/0000\d\.parquet: cannot be read .* the last checkpoint is") as caught:
         train(recipe, "train.steps=8")
