@@ -16,7 +16,7 @@ from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import CheckpointError, DataError, TrainingError, UserError, local
 from fpd_accel.processes import Consensus, on_first_rank
-from fpd_accel.stop import StopRequest
+from fpd_accel.stop import StopRequest, stop_watching_children
 from fpd_accel.watchdog import Watchdog
 
 HINT = "Another rank that hangs looks the same from here: see its own message. Raise train.timeout_minutes if it works."
@@ -158,6 +158,7 @@ class Guard:
             raise self._loader_ended(type(error).__name__) from None
 
     def _loader_ended(self, said: str) -> UserError:
+        stop_watching_children()  # others may follow
         return local(
             DataError(
                 f"{self._suspect()}: a loader process ended ({said}); were the files changed under the job, or is "

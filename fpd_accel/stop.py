@@ -47,6 +47,15 @@ def outlive_stop(seconds: int = 60) -> None:
         signal.signal(signal.SIGTERM, lambda _number, _frame: signal.alarm(seconds))
 
 
+def stop_watching_children() -> None:
+    """For the rest of the process: PyTorch's loaders raise from a signal handler, wherever that may be, for each child.
+
+    A loader that is made later finds out all the same, some seconds later.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _say_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """That the process it serves went away in the middle of a message is nothing to tell anybody."""
     if not issubclass(kind, ConnectionError | EOFError):
