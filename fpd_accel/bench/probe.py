@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fpd_accel.bench.loaders import INPUT_SIZE, compare_loaders
 from fpd_accel.config import Augment
 from fpd_accel.data import Batch, PoseStream, Shards, make_loader
 from fpd_accel.errors import UserError
@@ -22,7 +23,6 @@ from fpd_accel.log import fail
 
 REPEATS = 3  # first batches, of which the median counts
 FAR = 0.9  # of an epoch: where a run that is resumed goes on
-INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
@@ -92,11 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("shards")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--workers", type=int, help="measure loading; default: opening")
+    parser.add_argument("--compare", action="store_true", help="measure our loader against the published one")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=100)
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.workers is None:
+        if chosen.compare:
+            found = compare_loaders(Shards(chosen.shards), batch=chosen.batch, batches=chosen.batches)
+        elif chosen.workers is None:
             found = time_opening(chosen.shards, cold=chosen.cold)
         else:
             found = time_loading(chosen.shards, workers=chosen.workers, batch=chosen.batch, batches=chosen.batches)

@@ -115,7 +115,7 @@ class PoseStream(IterableDataset[Batch]):
 
     def batch(self, samples: range) -> Batch:
         """The batch of some samples of the endless sequence."""
-        people = self._read([self._place(sample) for sample in samples])
+        people = self._read([self.place(sample) for sample in samples])
         geometries = [self._geometry(person) for person in people]
         crops, keypoints, visible = zip(*map(self._crop, people, geometries), strict=True)
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
@@ -129,7 +129,7 @@ class PoseStream(IterableDataset[Batch]):
             labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
         )
 
-    def _place(self, sample: int) -> Place:
+    def place(self, sample: int) -> Place:
         seed = self.seed if self.augment is not None else None
         before, after = math.floor(self.share * sample), math.floor(self.share * (sample + 1))
         if after > before:
