@@ -8,7 +8,8 @@ time; on a GPU it is microseconds, and ``bench step`` has it in its.
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -24,14 +25,13 @@ from fpd_accel.data import Batch, PoseStream, Shards, make_loader
 from fpd_accel.data.stream import close_loader
 from fpd_accel.log import results
 
-INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
 WORKERS = (0, 1, 2)
 ROUNDS = 5
-NAMES = ("ours", "reference")
+NAMES = ("ours", "reference", "grouped")  # the last: ours with data.group_by_image
 READ_AHEAD = 4  # batches per worker, of both
 
 
-def compare_loaders(shards: Shards, *, batch: int, batches: int) -> dict[str, Any]:
+def compare_loaders(shards: Shards, *, input_size: tuple[int, int], batch: int, batches: int) -> dict[str, Any]:
     """Everything measured over ``ROUNDS`` rounds, in which both give some of ``batches`` batches of ``batch`` people.
 
     Raises:
@@ -40,9 +40,17 @@ def compare_loaders(shards: Shards, *, batch: int, batches: int) -> dict[str, An
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     shards.open()
-    stream = PoseStream(shards, input_size=INPUT_SIZE, batch_size=batch, augment=Augment(), stop=sys.maxsize)
+    stream = PoseStream(shards, input_size=input_size, batch_size=batch, augment=Augment(), stop=sys.maxsize)
     per_round = max(1, batches // ROUNDS)
     reference = ReferenceDataset(stream, batch * (per_round + 1 + READ_AHEAD * max(WORKERS)))
+    grouped = PoseStream(
+        shards,
+        input_size=input_size,
+        batch_size=batch,
+        augment=Augment(),
+        stop=sys.maxsize,
+        group_by_image=True,
+    )
     found = {
         "rounds": ROUNDS,
         "batches_per_round": per_round,
@@ -52,7 +60,14 @@ def compare_loaders(shards: Shards, *, batch: int, batches: int) -> dict[str, An
         },
         "error": compare_pixels(stream, reference),
     }
-    return found | {"workers": {str(n): _take_turns(stream, reference, n, batches=per_round) for n in WORKERS}}
+
+    def loader(name: str, workers: int) -> DataLoader[Any]:
+        if name == "reference":
+            return _published(reference, batch, workers)
+        return make_loader(stream if name == "ours" else grouped, workers, torch.device("cpu"))
+
+    measured = {str(n): _take_turns(partial(loader, workers=n), n, batch=batch, batches=per_round) for n in WORKERS}
+    return found | {"workers": measured}
 
 
 def payload(sent: Any) -> int:
@@ -85,20 +100,14 @@ def compare_pixels(stream: PoseStream, reference: ReferenceDataset, *, people: i
     }
 
 
-def _take_turns(stream: PoseStream, reference: ReferenceDataset, workers: int, *, batches: int) -> dict[str, Any]:
-    """Samples per second and seconds to the first batch, of each round; the loader that begins alternates."""
-    size = stream.batch_size
+def _take_turns(create: Callable[[str], DataLoader[Any]], workers: int, *, batch: int, batches: int) -> dict[str, Any]:
+    """Samples per second and seconds to the first batch, of each round; who begins alternates."""
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
     first: dict[str, list[float]] = {name: [] for name in NAMES}
     for number in range(ROUNDS):
-        for name in NAMES if number % 2 == 0 else reversed(NAMES):
+        for name in NAMES if number % 2 == 0 else NAMES[::-1]:
             began = time.perf_counter()
-            loader = (
-                make_loader(stream, workers, torch.device("cpu"))
-                if name == "ours"
-                else _published(reference, size, workers)
-            )
-            loading = iter(loader)
+            loading = iter(create(name))
             next(loading)
             first[name].append(time.perf_counter() - began)
             for _ in range(READ_AHEAD * workers):  # what was read ahead is no measure of how fast it goes
@@ -106,13 +115,17 @@ def _take_turns(stream: PoseStream, reference: ReferenceDataset, workers: int, *
             began = time.perf_counter()
             for _ in range(batches):
                 next(loading)
-            rates[name].append(batches * size / (time.perf_counter() - began))
+            rates[name].append(batches * batch / (time.perf_counter() - began))
             close_loader(loading)
-    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["reference"], strict=True)]
+    ratios = {
+        name: [own / theirs for own, theirs in zip(rates[name], rates["reference"], strict=True)]
+        for name in NAMES
+        if name != "reference"
+    }
     return {
         "samples_per_second": {name: _spread(rates[name]) for name in NAMES},
         "first_batch_seconds": {name: _spread(first[name]) for name in NAMES},
-        "ratio": _spread(ratios),
+        "ratio": {name: _spread(ratios[name]) for name in ratios},
     }
 
 
@@ -127,21 +140,22 @@ def _published(reference: ReferenceDataset, batch: int, workers: int) -> DataLoa
 def show_loaders(path: str, people: int, found: dict[str, Any]) -> None:
     """Print a comparison as a table."""
     table = Table(title=f"Loader against the published one's: {path}, {people:,} people", title_justify="left")
-    for name in ("", *NAMES, "ours / reference"):
+    for name in ("", *NAMES, "ours / reference", "grouped / reference"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for workers, measured in found["workers"].items():
         label = f"{workers if int(workers) else 'no'} worker{'s' * (int(workers) != 1)}"
         rates, first = measured["samples_per_second"], measured["first_batch_seconds"]
-        table.add_row(f"samples/s, {label}", *(_shown(rates[name], 0) for name in NAMES), _shown(measured["ratio"], 2))
-        ratio = first["ours"]["median"] / first["reference"]["median"]
-        table.add_row(f"first batch, {label}, s", *(_shown(first[name], 3) for name in NAMES), f"{ratio:.2f}")
+        ratios = (_shown(ratio, 2) for ratio in measured["ratio"].values())
+        table.add_row(f"samples/s, {label}", *(_shown(rates[name], 0) for name in NAMES), *ratios)
+        table.add_row(f"first batch, {label}, s", *(_shown(first[name], 3) for name in NAMES))
     sent = found["bytes_per_sample"]
-    ratio = sent["ours"] / sent["reference"]
-    table.add_row("bytes per sample from a worker", *(f"{sent[name]:,.0f}" for name in NAMES), f"{ratio:.2f}")
+    ours, theirs = sent["ours"], sent["reference"]
+    table.add_row("bytes per sample", f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours:,.0f}", *[f"{ours / theirs:.2f}"] * 2)
     results.print(table)
     error = found["error"]
     results.print(
-        f"medians of {found['rounds']} rounds of {found['batches_per_round']} batches (least to most); crops of "
+        f"grouped: ours with data.group_by_image; medians of {found['rounds']} rounds of "
+        f"{found['batches_per_round']} batches (least to most); crops of "
         f"{error['people']} people differ by {error['pixel_mean']:.4f} grey levels in the mean, "
         f"{error['pixel_max']:.0f} at most, their keypoints by {error['keypoint_max']:.1e} pixels at most",
         soft_wrap=True,

@@ -52,7 +52,7 @@ class ReferenceDataset(Dataset[Item]):
         self.skeleton: Skeleton = stream.skeleton
         self.image_size = np.array([stream.input_size[1], stream.input_size[0]])  # (width, height)
         self.heatmap_size, self.sigma = self.image_size // 4, sigma
-        self._aspect = self.image_size[0] / self.image_size[1]
+        self._aspect = float(self.image_size[0] / self.image_size[1])
         self.transform = Compose([ToTensor(), Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])])
         self.records = self._records(stream, [stream.place(sample) for sample in range(count)])
 
@@ -74,7 +74,7 @@ class ReferenceDataset(Dataset[Item]):
         records = []
         for i, place in enumerate(places):
             width, height = images["width"][i], images["height"][i]
-            x, y, w, h = self.shards.box_to_crop(people["box"][i], width=width, height=height)
+            x, y, w, h = map(float, self.shards.box_to_crop(people["box"][i], width=width, height=height))
             middle = np.array([x + w * 0.5, y + h * 0.5], dtype=np.float32)
             center, scale = _center_scale(middle, w, h, self._aspect, stream.padding)
             keypoints = people["keypoints"][i].reshape(-1, 3)
@@ -142,7 +142,8 @@ class ReferenceDataset(Dataset[Item]):
             return None, None
         points = np.array(selected, dtype=np.float32)
         first, last = np.amin(points, axis=0), np.amax(points, axis=0)
-        return _center_scale(points.mean(axis=0)[:2], last[0] - first[0], last[1] - first[1], self._aspect, 1.5)
+        width, height = float(last[0] - first[0]), float(last[1] - first[1])
+        return _center_scale(points.mean(axis=0)[:2], width, height, self._aspect, 1.5)
 
     def _mirror_joints(
         self, joints: np.ndarray, visible: np.ndarray, image_width: int
