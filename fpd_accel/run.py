@@ -92,13 +92,15 @@ def run(
             teacher=(taught[0], taught[1].state_dict()) if taught else None,
         )
 
-        def begin() -> tuple[Path | None, dict[str, Any]]:
-            is_new = not recipe.run.directory.exists()
-            if not is_new:
-                lock.acquire()
+        def find() -> tuple[Path | None, dict[str, Any]]:
             checkpoint = find_checkpoint(recipe, resume)
-            state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
-            lock.acquire()  # of a new run only now, so that one which is refused leaves no directory
+            return checkpoint, check_resume(recipe, checkpoint, people=len(train), provenance=origin)
+
+        def begin() -> tuple[Path | None, dict[str, Any]]:
+            if not recipe.run.directory.exists():
+                find()  # before the lock, so that a new run which is refused leaves no directory
+            lock.acquire()
+            checkpoint, state = find()  # of a new run again: another job may have begun it, and ended, meanwhile
             write_recipe(recipe)
             if taught is not None and checkpoint is None:  # later it is known to be the same
                 save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])

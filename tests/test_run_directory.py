@@ -1,6 +1,7 @@
 """One job at a time in a run directory, whatever Slurm and chance make of it."""
 
 import multiprocessing
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from fpd_accel import run_directory
+from fpd_accel.checkpoint import checkpoints
+from fpd_accel.config import load_recipe
 from fpd_accel.errors import CheckpointError
+from fpd_accel.run import run
 from fpd_accel.run_directory import LOCK_NAME, RunLock
 
 PATIENCE = 100  # seconds to wait for another process
@@ -85,3 +89,26 @@ def test_requeued_slurm_job_goes_on_although_its_lost_node_has_the_lock(
         assert not waiting.is_alive()
         assert "another job is training here (" in job(slurm="8")[0]
     assert job(slurm="8")[0] == "holds"
+
+
+def test_run_that_another_job_began_meanwhile_goes_on_from_its_checkpoint(
+    tiny_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    recipe = tiny_recipe(data={"valid": None}, checkpoint={"keep": 9})
+    run(load_recipe(recipe, ["train.steps=2"]))
+    shutil.move(tmp_path / "tiny", tmp_path / "other")
+    acquire = RunLock.acquire
+
+    def acquire_late(lock: RunLock) -> None:
+        if (tmp_path / "other").exists():
+            shutil.move(tmp_path / "other", tmp_path / "tiny")
+        acquire(lock)
+
+    monkeypatch.setattr(RunLock, "acquire", acquire_late)
+    run(load_recipe(recipe, ["train.steps=3"]))
+    assert "step 2 of 3" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in checkpoints(tmp_path / "tiny" / "checkpoints")] == ["step_00000002", "step_00000003"]
+    assert not (tmp_path / "tiny" / "checkpoints" / "set_aside").exists()
