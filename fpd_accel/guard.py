@@ -140,7 +140,10 @@ class Guard:
         """
         try:
             yield
-        except DataError as error:  # from a loader process it comes with that one's traceback
+        except DataError as error:
+            if error.agreed:
+                raise
+            # from a loader process it comes with that one's traceback
             raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
         except RuntimeError as error:
             said = " ".join(str(error).split())

@@ -60,7 +60,7 @@ def run(
     _draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
-        lambda: (*_open_data(recipe), _open_unlabelled(recipe)),
+        lambda: _opened(*_open_data(recipe), _open_unlabelled(recipe)),
         same=lambda opened: [people.fingerprint for people in opened if people is not None],
     )
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
@@ -222,6 +222,16 @@ def _open_data(recipe: Recipe) -> tuple[Mixture, Shards | None]:
         valid = with_boxes(valid, recipe.evaluate)
         _refuse_nobody("data.valid", valid)
     return train, valid
+
+
+def _opened(
+    train: Mixture, valid: Shards | None, unlabelled: Shards | None
+) -> tuple[Mixture, Shards | None, Shards | None]:
+    """The same, their files mapped: what is missing or damaged on one machine is found while all listen."""
+    for people in (train, valid, unlabelled):
+        if people is not None:
+            people.open()
+    return train, valid, unlabelled
 
 
 def _open_labelled(recipe: Recipe) -> Mixture:
