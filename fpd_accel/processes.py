@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from fpd_accel.errors import DataError, TrainingError, UserError, agreed
+from fpd_accel.errors import DataError, TrainingError, UserError, agreed, local
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 Parallel = Literal["auto", "ddp", "fsdp2"]
 PATIENCE = 5  # times the timeout, that collective operations wait: the watchdog speaks first, and more clearly
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun, Open MPI, MPICH
+SIGNS_OF_SILENCE = ("onnection ", "Timed out waiting", "Application timeout")  # gloo's words for a process it lost
 
 
 def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_minutes: float = 30.0) -> Accelerator:
@@ -137,6 +139,29 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> R
         kind, message = problem
         raise agreed(kind(message))
     return result
+
+
+@contextmanager
+def explaining_silence(accelerator: Accelerator, where: str, *, intact: Callable[[], str] = str) -> Iterator[None]:
+    """Whatever waits for a process that is gone, or says nothing for too long, gets an error: it becomes a message.
+
+    Args:
+        where: what the message begins with.
+        intact: says what there is to go on from.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        lost = isinstance(error, dist.DistError) or any(sign in said for sign in SIGNS_OF_SILENCE)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise local(
+            TrainingError(
+                f"{where}: another process is gone, or hangs ({said}); its own message says why; "
+                f"{', and '.join(filter(None, (intact(), 'the same command goes on')))}"
+            )
+        ) from None
 
 
 def leave() -> None:

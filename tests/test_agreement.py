@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_data_that_change_under_all_ranks_are_told_once(
     removed = threading.Barrier(2, timeout=PATIENCE, action=lambda: shutil.rmtree(copy / "images"))
 
     def look(rank: Rank) -> None:
-        guard = Guard(recipe, rank, shards=[Shards(copy)], stop=None)
+        guard = Guard(recipe, rank, shards=[Shards(copy)])
         removed.wait()
         with guard.explaining():
             guard.look_at_all()
@@ -180,3 +181,32 @@ def test_data_that_change_under_all_ranks_are_told_once(
     said = assert_said_once(both(look), DataError)
     assert str(copy / "images") in said
     assert "was removed while the run was reading it" in said
+
+
+def test_rank_that_is_waited_for_in_vain_is_told_of(
+    both: Both, tiny_recipe: Callable[..., Path], tiny_shards: Path
+) -> None:
+    recipe, store = load_recipe(tiny_recipe()), dist.HashStore()
+    over = threading.Event()
+
+    def reduce(rank: Rank) -> None:
+        guard = Guard(recipe, rank, shards=[Shards(tiny_shards)])
+        group = dist.ProcessGroupGloo(store, rank.process_index, 2, timedelta(seconds=PATIENCE))
+        if not rank.is_main_process:
+            over.wait(PATIENCE)  # it hangs
+            return
+        try:
+            options = dist.AllreduceOptions()
+            options.timeout = timedelta(seconds=0.2)
+            with guard.explaining():
+                group.allreduce([torch.zeros(1)], options).wait()
+        finally:
+            over.set()
+
+    error, _ = both(reduce)
+    assert isinstance(error, TrainingError), error
+    assert error.local
+    said = str(error)
+    assert said.startswith(f"{recipe.run.directory}: another process is gone, or hangs (")
+    assert "Timed out waiting" in said
+    assert said.endswith("its own message says why; there is no checkpoint yet, and the same command goes on")
