@@ -1,7 +1,7 @@
 """What every test shares: shapes and types checked while the package runs, and data small enough to train on."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,19 @@ def fresh_accelerator() -> None:
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None:
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Jobs end with the test that started them, however that went."""
+    yield
+    if "jobs" in sys.modules:
+        sys.modules["jobs"].FORKS.leave_nothing_running()
+
+
+def pytest_unconfigure() -> None:
+    if "jobs" in sys.modules:
+        sys.modules["jobs"].FORKS.close()
 
 
 @pytest.fixture(scope="session")
