@@ -28,7 +28,7 @@ STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_running() -> Iterator[None]:
+def no_launcher_left_running() -> Iterator[None]:
     """What a failed test has left is asked to stop, and then made to."""
     yield
     while STARTED:

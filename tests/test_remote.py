@@ -7,7 +7,6 @@ import pickle
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from jobs import killing_itself, launch, start
+from jobs import killing_itself, launch, start, wait_for
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, read_state
@@ -482,10 +481,7 @@ def test_workers_fetch_the_next_window_ahead_and_share_what_they_fetch(server: S
     batches = iter(make_loader(stream(shards, batch_size=2, stop=own), 2, CPU))
     next(batches)
     ahead = [folder / f"{group:06}.arrow" for group in windows[1]]
-    deadline = time.monotonic() + 20
-    while not all(path.is_file() for path in ahead) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(path.is_file() for path in ahead)
+    wait_for(lambda: all(path.is_file() for path in ahead), "the row groups of the next window")
 
 
 def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -> None:
