@@ -6,9 +6,9 @@
 A tiny distillation (EMA, AdamW, cosine, evaluations, trained batch normalisation, a loader process, checkpoints written
 in the background every three steps) is trained once by ``python recipes/distill.py --config RECIPE`` and left alone.
 Then the same recipe under another ``run.name`` is started, killed by SIGKILL and started again by the same command,
-until so many kills are done; the last start runs to the end. On one rank at least half of 20 kills or more fall inside a
-save. That is not what was aimed at but what the disk shows after the process is gone: a staged checkpoint that was not
-there before, a new one that ``latest`` does not name yet, or old ones not yet pruned.
+until so many kills are done; the last start runs to the end. On one rank at least half of the kills, if they are many,
+fall inside a save. That is not what was aimed at but what the disk shows after the process is gone: a staged checkpoint
+that was not there before, a new one that ``latest`` does not name yet, or old ones not yet pruned.
 
 After every kill each ``step_N`` verifies and, on one rank, has the bytes of the undisturbed run's; the newest is no
 older than before; ``latest`` names it or the one before it. At the end weights, EMA, optimizer, ``best/``, ``final/``,
