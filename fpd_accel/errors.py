@@ -12,6 +12,7 @@ class UserError(ValueError):
     """Something outside the program is wrong. The message names the path, what is wrong with it and what to do."""
 
     local = False  # True: only this process met it, so that it has to say so itself, whatever its rank
+    agreed = False  # True: every process raises it, so that the first alone has to say it
 
 
 class ConfigError(UserError):
@@ -41,4 +42,10 @@ class TrainingError(UserError):
 def local(error: UserError) -> UserError:
     """The error, as one that only this process has met."""
     error.local = True
+    return error
+
+
+def agreed(error: UserError) -> UserError:
+    """The error, as one that every process raises at the same place."""
+    error.agreed = True
     return error

@@ -33,7 +33,6 @@ from fpd_accel.outputs import SimCC
 from fpd_accel.processes import is_sharded
 from fpd_accel.report import protocol
 from fpd_accel.scoring import selection_metric
-from fpd_accel.stop import StopRequest
 from fpd_accel.student import Student
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, encode_picture
@@ -57,13 +56,12 @@ class Trainer:
         unlabelled: Shards | None = None,
         teacher_codec: PoseCodec | None = None,
         provenance: dict[str, Any] | None = None,
-        stop: StopRequest | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
-        self.guard = Guard(
-            recipe, accelerator, shards=[s for s in (train, valid, unlabelled) if s is not None], stop=stop
-        )
+        shards = [people for people in (train, valid, unlabelled) if people is not None]
+        self.guard = guard or Guard(recipe, accelerator, shards=shards)
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe, len(train))

@@ -209,7 +209,7 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
 
 
 def close_loader(batches: Iterator[Batch]) -> None:
-    """End a loader's processes now: at the end of the interpreter they would be sent the SIGTERM that they outlive."""
+    """End a loader's processes now, not at the end of the interpreter."""
     end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
     if end is not None:
         end()
