@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,27 +26,34 @@ IMPORTS = (
     "fpd_accel.run", "fpd_accel.data.synthetic", "torch.utils.tensorboard", "torch.distributed.checkpoint",
     "pycocotools.cocoeval", "safetensors.torch", "datasets.config",
 )  # fmt: skip
+ENDS = {signal.SIGCHLD}
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     for name in IMPORTS:
         import_module(name)
-    signal.signal(signal.SIGCHLD, lambda *_: note_ends(folder))
-    for line in sys.stdin:  # until whoever asks has gone
+    running: set[int] = set()
+    signal.signal(signal.SIGCHLD, lambda *_: note_ends(running, folder))
+    for line in sys.stdin:  # until whoever asks has gone, perhaps killed
         asked = json.loads(line)
-        print(fork_off(partial(run, asked), Path(asked["log"])), flush=True)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # a job may be over before it is noted
+        process = fork_off(partial(run, asked), Path(asked["log"]))
+        running.add(process)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        print(process, flush=True)
+    for process in tuple(running):
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)
 
 
-def note_ends(folder: Path) -> None:
+def note_ends(running: set[int], folder: Path) -> None:
     """Write the exit codes of all that have ended; of a signal the negative, as subprocess has it."""
-    while True:
-        try:
-            process, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
+    while running:
+        process, status = os.waitpid(-1, os.WNOHANG)
         if not process:
             return
+        running.discard(process)
         staged = folder / f"{process}.staged"
         staged.write_text(str(os.waitstatus_to_exitcode(status)))
         staged.rename(folder / f"{process}.code")
@@ -53,6 +61,7 @@ def note_ends(folder: Path) -> None:
 
 def run(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     os.environ.clear()
     os.environ.update(asked["environment"])
     if "HF_DATASETS_CACHE" in os.environ:  # read when it was imported
