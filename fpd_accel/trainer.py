@@ -31,6 +31,7 @@ from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
+from fpd_accel.processes import is_sharded
 from fpd_accel.report import protocol
 from fpd_accel.scoring import selection_metric
 from fpd_accel.student import Student
@@ -99,13 +100,14 @@ class Trainer:
 
     @property
     def topology(self) -> dict[str, int]:
-        """How a global batch is spread; ``normalised_over``: people whose statistics batch normalisation takes."""
+        """How batch and student are spread; ``normalised_over``: people whose statistics batch normalisation takes."""
         ranks = self.accelerator.num_processes
         return {
             "ranks": ranks,
             "device_batch": self.device_batch,
             "accumulation": self.accumulation,
             "normalised_over": self.device_batch * (ranks if self.recipe.train.sync_norm else 1),
+            "sharded": is_sharded(self.accelerator),
         }
 
     def fit(self) -> dict[str, float]:

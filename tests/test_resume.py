@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from jobs import killing_itself, start
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
@@ -19,7 +17,6 @@ from fpd_accel.config import load_recipe
 from fpd_accel.errors import CheckpointError, Preempted
 from fpd_accel.stop import StopRequest
 
-ROOT = Path(__file__).parents[1]
 CURVE = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
 
 
@@ -71,15 +68,10 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], tmp_path: Path) -> None:
     train(distilling("whole"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "recipes" / "distill.py"), "--config", str(distilling("killed"))]
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] >= 3
+    script = killing_itself(tmp_path, step=5)
+    job = start(script, "--config", distilling("killed"), "checkpoint.background=false")  # else step 3 might be late
+    assert job.wait() == -signal.SIGKILL, job.said()
+    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] == 3
     train(tmp_path / "killed.yaml")
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 

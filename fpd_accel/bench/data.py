@@ -32,7 +32,7 @@ def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 10
         DataError: a dataset cannot be read.
     """
     for shards in datasets:
-        if not len(shards):
+        if not shards.description["counts"]["usable"]:  # opened here, files would stay in memory
             raise DataError(f"{shards.path}: has nobody that could be cropped, so there is nothing to measure")
     workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
     measurements = [temperature for temperature in _temperatures() for _ in range(OPENINGS)]
