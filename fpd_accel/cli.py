@@ -336,7 +336,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _bench_data(arguments: argparse.Namespace) -> None:
     from tempfile import TemporaryDirectory
 
-    from fpd_accel.bench.crowd import draw_crowd
+    from fpd_accel.bench.crowd import PHOTOGRAPHED, PHOTOGRAPHS, draw_crowd
     from fpd_accel.bench.data import bench_data, show_data
     from fpd_accel.data.shards import Shards
     from fpd_accel.files import prepare_file, write_whole
@@ -351,8 +351,13 @@ def _bench_data(arguments: argparse.Namespace) -> None:
         prepare_file(arguments.json)
     with TemporaryDirectory(prefix="fpd-bench-") as temporary:
         folder = arguments.cache or Path(temporary)
-        datasets = [Shards(path) for path in arguments.data or ()] or [draw_crowd(folder, number) for number in people]
-        report = bench_data(datasets, batch=arguments.batch, batches=arguments.batches)
+        photographs = None
+        if arguments.data:
+            datasets = [Shards(path) for path in arguments.data]
+        else:
+            datasets = [draw_crowd(folder, number) for number in people]
+            photographs = [draw_crowd(folder, PHOTOGRAPHED, pictures=PHOTOGRAPHS)]
+        report = bench_data(datasets, batch=arguments.batch, batches=arguments.batches, photographs=photographs)
     show_data(report)
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps(report, indent=2) + "\n")

@@ -120,7 +120,13 @@ class Trainer:
         recipe, accelerator, student = self.recipe, self.accelerator, self.student
         with ExitStack() as stack:
             self.log = stack.enter_context(
-                RunLog(self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard)
+                RunLog(
+                    self.directory,
+                    total_steps=self.total_steps,
+                    step=self.step,
+                    tensorboard=recipe.log.tensorboard,
+                    workers=recipe.data.workers,
+                )
             )
             stack.enter_context(self.guard.watching(step=self.step))
             if self._evaluation_is_due():  # left undone by a stop, or done by another protocol
@@ -213,6 +219,7 @@ class Trainer:
             unbiased=self.codec.unbiased,
             unlabelled=self.unlabelled_shards,
             share=self.recipe.data.unlabelled.share if self.recipe.data.unlabelled is not None else 0.0,
+            group_by_image=self.recipe.data.group_by_image,
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fpd_accel import cli
-from fpd_accel.bench import data, probe
+from fpd_accel.bench import crowd, data, loaders, probe
 from fpd_accel.bench.crowd import draw_crowd
 from fpd_accel.bench.environment import describe, environment
 from fpd_accel.data import PoseStream, Shards
@@ -24,6 +24,12 @@ def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(data, "MEMORY_WORKERS", (0, 2))
     monkeypatch.setattr(data, "RATE_WORKERS", (0, 1))
     monkeypatch.setattr(probe, "REPEATS", 1)
+    monkeypatch.setattr(crowd, "PHOTOGRAPHED", 10)
+    monkeypatch.setattr(crowd, "PICTURES", 2)
+    monkeypatch.setattr(loaders, "ROUNDS", 2)
+    monkeypatch.setattr(loaders, "WORKERS", (0, 1))
+    monkeypatch.setattr(loaders.cv2, "setNumThreads", lambda _: None)
+    monkeypatch.setattr(loaders.torch, "set_num_threads", lambda _: None)
 
     def here(arguments: Sequence[str]) -> dict[str, Any]:
         asked.append(arguments)
@@ -60,8 +66,11 @@ def test_bench_data_prints_a_table_and_writes_the_same_as_json(
     for words in ("30 people", "12 images", "last / first", "open, s", "each of 2 workers", "samples/s, 1 worker"):
         assert words in printed
     assert f"{large['loading']['0']['samples_per_second']:,.0f}" in printed
+    (compared,) = report["loaders"]
+    assert (compared["people"], set(compared["compared"]["workers"])) == (10, {"0", "1"})
+    assert "Loader against the published one's" in printed
     written = sorted((tmp_path / "cache").iterdir())
-    assert [folder.name for folder in written] == ["people_30", "people_7"]
+    assert [folder.name for folder in written] == ["people_30", "people_7", "photographs_10"]
     kept = [folder.stat().st_mtime_ns for folder in written]
     assert cli.main(["bench", "data", "--people", "7", "--batches", "1", "--cache", str(tmp_path / "cache")]) == 0
     assert "last / first" not in capsys.readouterr().out

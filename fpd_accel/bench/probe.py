@@ -21,8 +21,8 @@ from fpd_accel.errors import UserError
 from fpd_accel.log import fail
 
 REPEATS = 3  # first batches, of which the median counts
-FAR = 0.9  # of an epoch: where a run that is resumed goes on
 INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
+FAR = 0.9  # of an epoch: where a run that is resumed goes on
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
@@ -98,11 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("shards")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--workers", type=int, help="measure loading; default: opening")
+    parser.add_argument("--compare", action="store_true", help="measure our loader against the published one")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=100)
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.workers is None:
+        if chosen.compare:
+            from fpd_accel.bench.loaders import compare_loaders  # what it imports would be counted as memory of ours
+
+            found = compare_loaders(
+                Shards(chosen.shards), input_size=INPUT_SIZE, batch=chosen.batch, batches=chosen.batches
+            )
+        elif chosen.workers is None:
             found = time_opening(chosen.shards, cold=chosen.cold)
         else:
             found = time_loading(chosen.shards, workers=chosen.workers, batch=chosen.batch, batches=chosen.batches)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fpd_accel.data.shards import Shards
+from fpd_accel.data.shards import LABELS, Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side
 
@@ -187,9 +188,17 @@ class Detections(Shards):
     def people(self) -> Any:
         return self._people
 
+    def read_labels(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        people = self._people[list(rows)]
+        return {name: people[name] for name in LABELS}
+
     @cached_property
     def usable(self) -> np.ndarray:
         return np.arange(len(self._people))
+
+    @cached_property
+    def image_rows(self) -> np.ndarray:
+        return self._people.columns["image_row"]
 
     @cached_property
     def num_images(self) -> int:
