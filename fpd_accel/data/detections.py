@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,10 @@ class Detections(Shards):
     @cached_property
     def people(self) -> Any:
         return self._people
+
+    def columns(self, names: Iterable[str], rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        found = self._people[slice(None) if rows is None else rows]
+        return {name: found[name] for name in names}
 
     @cached_property
     def usable(self) -> np.ndarray:

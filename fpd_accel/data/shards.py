@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +25,7 @@ from datasets import Dataset, Features, Value
 from datasets import List as Sequence
 
 from fpd_accel.config import is_url
+from fpd_accel.data.columns import read_columns
 from fpd_accel.data.remote import PARTS, Layout, Part, Published, open_arrow, quiet_datasets, read_description
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side, clip_box
@@ -195,6 +196,10 @@ class Shards:
     def annotated(self) -> "Shards":
         """The shards whose people are the ground truth: these."""
         return self
+
+    def columns(self, names: Iterable[str], rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Some columns of all people, or of some rows of them; of many far faster than through ``people``."""
+        return read_columns(self.people, names, rows)
 
     def __len__(self) -> int:
         return len(self.usable)
