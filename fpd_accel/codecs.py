@@ -72,7 +72,8 @@ class HeatmapCodec:
         if self.kind != "heatmap":
             column, row = exact_x, exact_y
         # exp(-(dx² + dy²)) = exp(-dx²) exp(-dy²): two profiles and one outer product instead of an exp per cell.
-        profile_x, profile_y = self._profile(column, width), self._profile(row, height)
+        profiles = self._profiles(torch.stack((column, row), dim=-1))
+        profile_x, profile_y = profiles[:, :, 0, :width], profiles[:, :, 1, :height]
         profile_y = torch.where((weight > 0.5)[..., None], profile_y, 0.0)
         return profile_y[..., :, None] * profile_x[..., None, :], weight
 
@@ -90,10 +91,13 @@ class HeatmapCodec:
         """
         return (center - 3 * self.sigma < cells) & (center + 3 * self.sigma + 1 >= 0)
 
-    def _profile(self, center: Float[Tensor, "batch joint"], cells: int) -> Float32[Tensor, "batch joint cell"]:
-        """The one-dimensional Gaussian of peak 1 around each centre, cut at 3 sigma."""
-        cell = torch.arange(cells, device=center.device, dtype=center.dtype)
-        offset = cell - center[..., None]
+    def _profiles(self, centers: Float[Tensor, "batch joint 2"]) -> Float32[Tensor, "batch joint 2 cell"]:
+        """One-dimensional Gaussians of peak 1 around each centre, cut at 3 sigma, along x and y in one go.
+
+        Both have as many cells as the longer axis: two calls for the exact number would take longer.
+        """
+        cell = torch.arange(max(self.heatmap_size), device=centers.device, dtype=centers.dtype)
+        offset = cell - centers[..., None]
         profile = torch.exp(-offset.square() / (2 * self.sigma**2))
         return torch.where(offset.abs() <= 3 * self.sigma, profile, 0.0).to(torch.float32)
 
