@@ -145,13 +145,17 @@ def argmax_2d(
     heatmaps: Float[Tensor, "batch joint height width"],
 ) -> tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]:
     """The (x, y) cell of each heatmap's first maximum and its value; the cell is (0, 0) where no value is positive."""
-    # The highest row and its highest cell, each the first of equals as torch documents: on a CPU ten times as fast as
-    # one argmax over all cells, because a plain maximum is vectorised and an argmax is not.
-    y = heatmaps.amax(dim=3).argmax(dim=2)
-    row = heatmaps.gather(2, y[..., None, None].expand(-1, -1, 1, heatmaps.shape[3]))[:, :, 0]
-    x = row.argmax(dim=2)
-    scores = row.gather(2, x[..., None])[..., 0]
-    coordinates = torch.stack((x, y), dim=-1)
+    # The band of rows with the highest cell, and that cell in it, each the first of equals as torch documents. On a CPU
+    # that is five times as fast as one argmax of all cells: a plain maximum is vectorised, an argmax is not.
+    batch, joints, height, width = heatmaps.shape
+    rows = max(number for number in range(1, 5) if height % number == 0)
+    bands = heatmaps.reshape(batch * joints, height // rows, rows * width)
+    highest = bands.amax(dim=2).argmax(dim=1)
+    first = torch.arange(batch * joints, device=heatmaps.device) * (height // rows)
+    band = bands.flatten(0, 1).index_select(0, first + highest)
+    index = band.argmax(dim=1)
+    scores = band.gather(1, index[:, None]).view(batch, joints)
+    coordinates = torch.stack((index % width, highest * rows + index // width), dim=-1).view(batch, joints, 2)
     return torch.where((scores > 0)[..., None], coordinates, 0).to(torch.float32), scores.to(torch.float32)
 
 
