@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,25 +133,14 @@ def _suppression_contests(boxes: Boxes, predictions: Predictions) -> Iterator[Co
         {"image": int(image), "score": float(score), "area": float(area), "keypoints": own}
         for image, score, area, own in zip(boxes.images, boxes.scores, areas, triples, strict=True)
     ]
-    kinds: tuple[Literal["hard", "soft"], ...] = ("hard", "soft")
-    for kind in kinds:
+    threshold = options.nms_threshold
+    slowly = partial(reference.rescore_and_suppress, people, COCO.sigmas, keypoint_threshold=options.keypoint_threshold)
+    ours = partial(chosen_people, predictions, boxes.images, boxes.scores, areas, sigmas=COCO.sigmas)
+    for kind in ("hard", "soft"):
         yield Contest(
             f"rescore + {kind} NMS",
-            lambda kind=kind: reference.rescore_and_suppress(  # type: ignore[misc]
-                people,
-                COCO.sigmas,
-                keypoint_threshold=options.keypoint_threshold,
-                threshold=options.nms_threshold,
-                soft=kind == "soft",
-            ),
-            lambda kind=kind: chosen_people(  # type: ignore[misc]
-                predictions,
-                boxes.images,
-                boxes.scores,
-                areas,
-                options=options.model_copy(update={"nms": kind}),
-                sigmas=COCO.sigmas,
-            ),
+            partial(slowly, threshold=threshold, soft=kind == "soft"),
+            partial(ours, options=options.model_copy(update={"nms": kind})),
             _results_differ,
             1e-3,
             "pixels or of a score of 1",

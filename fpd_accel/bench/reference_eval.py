@@ -56,7 +56,7 @@ def target(
             weights[joint] = 0
             continue
         size = 2 * reach + 1
-        x = np.arange(0, size, 1, np.float32)
+        x = np.arange(0, size, 1, dtype=np.float32)
         y = x[:, np.newaxis]
         middle = size // 2
         patch = np.exp(-((x - middle) ** 2 + (y - middle) ** 2) / (2 * sigma**2))

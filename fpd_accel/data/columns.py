@@ -22,7 +22,7 @@ def read_columns(
 
 
 def _values(column: pa.ChunkedArray, rows: Integer[np.ndarray, " row"] | None) -> np.ndarray:
-    chunks = column.chunks
+    chunks = [chunk for chunk in column.chunks if len(chunk)]
     if rows is None or not len(rows) or not chunks:
         values = np.concatenate([_array(chunk) for chunk in chunks]) if chunks else _array(column.combine_chunks())
         return values if rows is None else values[rows]
