@@ -159,6 +159,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
     data.set_defaults(run=_bench_data)
 
+    around = whats.add_parser("eval", help="flip, targets, decoding, NMS and AP, against the published loops")
+    around.add_argument("--people", type=int, default=2000, metavar="N", help="boxes to generate (default: 2000)")
+    around.add_argument("--batch", type=int, default=32, help="people per batch of heatmaps (default: 32)")
+    around.add_argument("--rounds", type=int, default=5, help="of both in turns (default: 5)")
+    around.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
+    around.set_defaults(run=_bench_eval)
+    scale = whats.add_parser("scale", help="how time grows with processes, keypoints, pixels and people")
+    for name, default in (("processes", "1 2"), ("joints", "17 133"), ("people", "10000 1000000")):
+        sizes = [int(size) for size in default.split()]
+        scale.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=sizes, help=f"default: {default}")
+    scale.add_argument(
+        "--scored",
+        type=int,
+        nargs="+",
+        metavar="N",
+        default=[10_000, 100_000],
+        help="people to evaluate",
+    )
+    scale.add_argument(
+        "--inputs", nargs="+", metavar="HxW", default=["256x192", "384x288"], help="default: 256x192 384x288"
+    )
+    scale.add_argument("--batch", type=int, default=8, help="people per batch (default: 8)")
+    scale.add_argument("--steps", type=int, default=10, help="of each number of processes (default: 10)")
+    scale.add_argument("--rounds", type=int, default=5, help="of all sizes in turns (default: 5)")
+    scale.add_argument("--cache", type=Path, metavar="DIR", help="keep the people generated there (default: nowhere)")
+    scale.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
+    scale.set_defaults(run=_bench_scale)
+
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)
@@ -361,6 +389,45 @@ def _bench_data(arguments: argparse.Namespace) -> None:
     show_data(report)
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
+
+
+def _bench_eval(arguments: argparse.Namespace) -> None:
+    from fpd_accel.bench.evaluation import bench_eval, show_eval
+    from fpd_accel.files import prepare_file, write_whole
+
+    numbers = {name: getattr(arguments, name) for name in ("people", "batch", "rounds")}
+    _at_least_one(numbers)
+    if arguments.json is not None:
+        prepare_file(arguments.json)
+    report = bench_eval(**numbers)
+    show_eval(report)
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
+
+
+def _bench_scale(arguments: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
+    from fpd_accel.bench.scale import Scale, bench_scale, read_inputs, show_scale
+    from fpd_accel.files import prepare_file, write_whole
+
+    sizes = {name: getattr(arguments, name) for name in ("processes", "joints", "people", "scored")}
+    numbers = {name: getattr(arguments, name) for name in ("batch", "steps", "rounds")}
+    _at_least_one(numbers | {name: min(values) for name, values in sizes.items()})
+    scale = Scale(**sizes, **numbers, inputs=read_inputs(arguments.inputs))
+    if arguments.json is not None:
+        prepare_file(arguments.json)
+    with TemporaryDirectory(prefix="fpd-bench-") as temporary:
+        report = bench_scale(scale, arguments.cache or Path(temporary))
+    show_scale(report)
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
+
+
+def _at_least_one(numbers: dict[str, int]) -> None:
+    for option, number in numbers.items():
+        if number < 1:
+            raise DataError(f"--{option} {number}: at least 1")
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:

@@ -39,6 +39,10 @@ class TrainingError(UserError):
     """Training cannot go on: the loss is no longer finite, or the processes are not what the launcher promised."""
 
 
+class BenchError(UserError):
+    """A measurement would be worthless: what is compared does not compute the same."""
+
+
 def local(error: UserError) -> UserError:
     """The error, as one that only this process has met."""
     error.local = True

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "fpd_accel"
 LAYERS = [
     {"errors", "stop", "watchdog"},
     {"config", "skeleton"},
-    {"files", "geometry", "log", "legacy", "outputs", "yacs"},
+    {"files", "geometry", "log", "legacy", "outputs", "similarity", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
     {"compilation"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},

@@ -21,7 +21,7 @@ from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.order import by_image
-from fpd_accel.data.shards import Shards, StoredImage, decode_image
+from fpd_accel.data.shards import LABELS, Shards, StoredImage, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 from fpd_accel.stop import outlive_stop
@@ -162,7 +162,7 @@ class PoseStream(IterableDataset[Batch]):
         return [found[place] for place in places]
 
     def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Person]:
-        people = source.shards.read_labels([place.row for place in places])
+        people = source.shards.columns(LABELS, [place.row for place in places])
         rows = people["image_row"].tolist()
         images = source.shards.read_images(rows)
         nothing = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
