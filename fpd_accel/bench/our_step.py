@@ -55,10 +55,6 @@ class OurStep:
         assert self.distiller.teacher is not None
         return self.distiller.teacher.model
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.learner.optimizer.optimizer
-
     def forward(self, batch: Batch) -> Losses:
         return self.distiller(batch.to(self.accelerator.device))
 

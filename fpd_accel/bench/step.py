@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -160,7 +161,8 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
     for name, contestant in track(contestants.items(), f"warming up, batch {batch}", total=len(contestants)):
         memory = Memory(device)
         contestant.run(_turns(inputs[name], WARM_UP[device.type]))
-        found[name] = {"memory_mb": memory.peak_mb(contestant), **count_kernels(contestant, inputs[name][:1], device)}
+        peak = memory.peak_mb(contestant.student, contestant.teacher)
+        found[name] = {"memory_mb": peak, **count_kernels(partial(contestant.run, inputs[name][:1]), device)}
     steps = bench.steps or STEPS[device.type]
     seconds = _rounds(contestants, inputs, device, rounds=bench.rounds, steps=steps, title=f"measuring, batch {batch}")
     rates = {name: [batch / each for each in own] for name, own in seconds.items()}

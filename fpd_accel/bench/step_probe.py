@@ -3,28 +3,17 @@
 import ctypes
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fpd_accel.bench.ceilings import synchronize
 
 AHEAD = 200_000_000  # cycles, a tenth of a second: the device waits while the host hands it a whole step
-
-
-class Step(Protocol):
-    """What is measured."""
-
-    student: Any
-    teacher: Any
-    optimizer: Any
-
-    def run(self, batches: Any) -> list[float]: ...
 
 
 class Stopwatch:
@@ -57,18 +46,18 @@ class Stopwatch:
         return {name: ended - began for name, began, ended in pairs}
 
 
-def count_kernels(step: Step, batches: Sequence[Any], device: torch.device) -> dict[str, Any]:
-    """Kernels of one step and the seconds in which any ran; on a CPU operators called, and None for the seconds."""
+def count_kernels(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Kernels of a step and the seconds in which any ran; on a CPU operators called, and None for the seconds."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as profiler:
-        step.run(batches)
+        work()
         synchronize(device)
     events = list(profiler.events() or ())
     if not cuda:
         outer = [e for e in events if _is_operator(e) and not _is_operator(e.cpu_parent)]
         return {"kernels": len(outer), "busy_seconds": None}
-    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_device = [event for event in events if event.device_type.name == "CUDA"]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     spans = [(event.time_range.start, event.time_range.end) for event in on_device]
     return {"kernels": len(kernels), "busy_seconds": covered(spans) / 1e6}
@@ -104,15 +93,15 @@ class Memory:
         except OSError:  # not Linux, or not allowed
             self.known = False
 
-    def peak_mb(self, step: Step) -> float | None:
-        """MB (10^6 bytes): weights of both networks, and what the steps since then added to them at most.
+    def peak_mb(self, *networks: nn.Module) -> float | None:
+        """MB (10^6 bytes): weights of the networks, and what was done since then added to them at most.
 
         Gradients and moments that were made since then are in what was added. None where it cannot be known.
         """
         if not self.known:
             return None
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-        return (weight_bytes(step.student, step.teacher) + max(0, peak - self.before)) / 1e6
+        return (weight_bytes(*networks) + max(0, peak - self.before)) / 1e6
 
 
 def weight_bytes(*networks: nn.Module) -> int:
