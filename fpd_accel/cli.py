@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -158,6 +159,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data.add_argument("--batches", type=int, default=100, help="batches to measure rates over (default: 100)")
     data.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
     data.set_defaults(run=_bench_data)
+    step = whats.add_parser("step", help="a training step of ours beside the published one: rates, stages, roofline")
+    step.add_argument("--student", default="hrnet_w32", metavar="ARCH", help="(default: hrnet_w32)")
+    step.add_argument("--teacher", default="hrnet_w48", metavar="ARCH", help="(default: hrnet_w48)")
+    step.add_argument(
+        "--input", type=int, nargs=2, default=(256, 192), metavar=("HEIGHT", "WIDTH"), help="pixels (default: 256 192)"
+    )
+    step.add_argument(
+        "--batch", type=int, nargs="+", metavar="N", help="people of a step (default: 4 8; on a GPU 24 to 512)"
+    )
+    step.add_argument("--rounds", type=int, default=5, help="of all variants (default: 5)")
+    step.add_argument("--steps", type=int, help="of each variant in a round (default: 1; on a GPU 20)")
+    step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    step.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of b and c (default: what is fast)"
+    )
+    step.add_argument("--variants", nargs="+", choices=("a", "a1", "b", "c"), default=("a", "a1", "b", "c"))
+    step.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="compile what a recipe can in c"
+    )
+    step.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
+    step.add_argument("--picture", type=Path, metavar="FILE.png", help="bars of rates and stages to write")
+    step.set_defaults(run=_bench_step)
 
     around = whats.add_parser("eval", help="flip, targets, decoding, NMS and AP, against the published loops")
     around.add_argument("--people", type=int, default=2000, metavar="N", help="boxes to generate (default: 2000)")
@@ -428,6 +451,42 @@ def _at_least_one(numbers: dict[str, int]) -> None:
     for option, number in numbers.items():
         if number < 1:
             raise DataError(f"--{option} {number}: at least 1")
+
+
+def _bench_step(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, else, prints that it starts and stops
+    from fpd_accel.bench.step import StepBench, bench_step
+    from fpd_accel.bench.step_report import draw_step, show_step
+    from fpd_accel.files import prepare_file, write_whole
+    from fpd_accel.visualize import save_picture
+
+    batches, steps = tuple(arguments.batch or ()), arguments.steps
+    counts = (("--batch", min(batches, default=1), 1), ("--rounds", arguments.rounds, 1), ("--steps", steps or 1, 1))
+    for option, given, least in counts:
+        if given < least:
+            raise DataError(f"{option} {given}: at least {least}")
+    if arguments.picture is not None and arguments.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise DataError(f"{arguments.picture}: a picture is a .png or .jpg file")
+    for path in filter(None, (arguments.json, arguments.picture)):
+        prepare_file(path)
+    bench = StepBench(
+        student=arguments.student,
+        teacher=arguments.teacher,
+        input_size=tuple(arguments.input),
+        batches=batches or None,
+        rounds=arguments.rounds,
+        steps=steps,
+        device=arguments.device,
+        precision=arguments.precision,
+        variants=tuple(dict.fromkeys(arguments.variants)),
+        compile=arguments.compile,
+    )
+    report = bench_step(bench)
+    show_step(report)
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
+    if arguments.picture is not None:
+        save_picture(arguments.picture, draw_step(report))
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
