@@ -24,6 +24,7 @@ from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.data.window import open_training
 from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
+from fpd_accel.fp8 import float8_layers, require_float8
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
@@ -57,6 +58,8 @@ def run(
     )
     if recipe.train.sync_norm and accelerator.device.type != "cuda":
         raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
+    if recipe.distill.mode == "fpd" and recipe.teacher.fp8:
+        require_float8(accelerator.device)
     _draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
@@ -306,6 +309,8 @@ def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Modul
             f"teacher.weights: {path} takes {list(config.input_size)} (height, width), but data.input_size is "
             f"{list(recipe.data.input_size)}; both networks see the same crop"
         )
+    if recipe.teacher.fp8:
+        float8_layers(model)  # says so where there are none
     return config, model
 
 
@@ -341,6 +346,8 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         compile=recipe.teacher.compile,
         shard=shard,
+        fold_norm=recipe.teacher.fold_norm,
+        fp8=recipe.teacher.fp8,
     )
 
 
