@@ -162,6 +162,8 @@ class TeacherModel(Section):
     overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
     compile: Compile = "none"  # torch.compile; of the training steps alone
     shard: bool = False  # over the ranks, gathered block by block: for a teacher too large for one device
+    fold_norm: bool = True  # normalisations folded into the convolutions before them; the same outputs to rounding
+    fp8: bool = False  # ViTPose: linear layers in float8, within some 5 % of its heatmaps; never measured on a GPU
 
 
 class Distill(Section):
@@ -352,9 +354,10 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 # done their part. How a global batch is spread over devices matters to batch normalisation alone, and is said there.
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs",
-    "train.device_batch", "train.parallel", "train.timeout_minutes", "train.compile", "train.cuda_graphs",
-    "evaluate", "log", "checkpoint",
+    "data.unlabelled.boxes", "student.weights", "student.init", "teacher.weights", "teacher.arch", "teacher.color",
+    "teacher.codec", "teacher.recipe", "teacher.overrides", "teacher.compile", "teacher.shard", "teacher.fold_norm",
+    "teacher.cache", "train.steps", "train.epochs", "train.device_batch", "train.parallel", "train.timeout_minutes",
+    "train.compile", "train.cuda_graphs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -520,6 +523,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    if teacher.fp8 and train.precision != "bf16":
+        mistakes.append("teacher.fp8: such layers give bfloat16; set train.precision=bf16, or leave it out")
+    if teacher.fp8 and teacher.shard:
+        mistakes.append("teacher.fp8, teacher.shard: give one; layers in float8 are not sharded")
     if 1.0 not in recipe.evaluate.scales or len(set(recipe.evaluate.scales)) < len(recipe.evaluate.scales):
         mistakes.append(f"evaluate.scales: {list(recipe.evaluate.scales)}: 1.0 has to be among them, and each once")
     if recipe.evaluate.boxes is not None and recipe.data.valid is None:

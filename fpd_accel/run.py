@@ -25,6 +25,7 @@ from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.data.window import open_training
 from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
+from fpd_accel.fp8 import float8_layers, require_float8
 from fpd_accel.guard import Guard
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
@@ -67,6 +68,8 @@ def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopReq
         raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
     if recipe.train.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise TrainingError("train.cuda_graphs: for one process on a GPU alone; leave it out")
+    if recipe.distill.mode == "fpd" and recipe.teacher.fp8:
+        require_float8(accelerator.device)
     _draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
@@ -332,6 +335,8 @@ def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Modul
             f"teacher.weights: {path} takes {list(config.input_size)} (height, width), but data.input_size is "
             f"{list(recipe.data.input_size)}; both networks see the same crop"
         )
+    if recipe.teacher.fp8:
+        float8_layers(model)  # says so where there are none
     return config, model
 
 
@@ -368,6 +373,8 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         compile=recipe.teacher.compile,
         cuda_graphs=recipe.train.cuda_graphs,
         shard=shard,
+        fold_norm=recipe.teacher.fold_norm,
+        fp8=recipe.teacher.fp8,
     )
 
 
