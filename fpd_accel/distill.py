@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fpd_accel.codecs import HeatmapCodec, PoseCodec, SimCCCodec
 from fpd_accel.config import Distill
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.lessons import unpack
 from fpd_accel.decode import peak_scores
 from fpd_accel.losses import Losses, heatmap_kl, heatmap_mse, heatmap_ohkm, marginals, simcc_kl
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
@@ -65,9 +66,9 @@ class Distiller(nn.Module):
         target, weight = self.codec.encode(batch.keypoints, batch.visible)
         pose = torch.stack([self._to_labels(stage, target, weight) for stage in stages]).sum()
         predicted, nothing = each(stages[-1], Tensor.detach), torch.zeros_like(pose)
-        if self.teacher is None:
+        lessons = self._lessons(batch)
+        if lessons is None:
             return Losses(pose, pose.detach(), nothing, nothing, predicted, target, None)
-        lessons = self.teacher(batch.crops)
         counted = self._counted(lessons[-1], weight)
         kd = self._to_teacher(stages, lessons, counted)
         total = (1 - self.alpha) * pose + self.alpha * kd
@@ -76,6 +77,12 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 kd_unlabelled = self._to_teacher(stages, lessons, counted * (1 - batch.labelled)[:, None])
         return Losses(total, pose.detach(), kd, kd_unlabelled, predicted, target, lessons[-1])
+
+    def _lessons(self, batch: Batch) -> tuple[Output, ...] | None:
+        """What the teacher says of these crops: as its cache has it, where the loader read that, or asked now."""
+        if batch.lessons is not None:
+            return unpack(batch.lessons, batch.scales)
+        return self.teacher(batch.crops) if self.teacher is not None else None
 
     def _to_labels(self, stage: Output, target: Output, weight: Tensor) -> Tensor:
         if isinstance(stage, SimCC):

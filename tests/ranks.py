@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fpd_accel import evaluation
+from fpd_accel import evaluation, teacher_cache
 from fpd_accel.config import Evaluate, load_recipe
 from fpd_accel.data.shards import Shards
 from fpd_accel.distill import Distiller
@@ -34,6 +34,12 @@ def train_from(*recipes: str) -> None:
         run(load_recipe(recipes[int(os.environ["RANK"])], check_files=False))
     except UserError as error:
         print("refused:", error, file=sys.stderr, flush=True)
+
+
+def train_in_small_parts(recipe: str, overrides: list[str]) -> None:
+    """A cache of the teacher has as many parts as it can."""
+    teacher_cache.PART_BYTES = 1
+    train(recipe, overrides)
 
 
 def train_with_slow_scores(recipe: str, overrides: list[str], seconds: float) -> None:
@@ -81,6 +87,7 @@ def dtypes(recipe: str, overrides: list[str]) -> None:
 TASKS = {
     "train": train,
     "train_from": train_from,
+    "train_in_small_parts": train_in_small_parts,
     "train_with_slow_scores": train_with_slow_scores,
     "score": score,
     "dtypes": dtypes,

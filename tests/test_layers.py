@@ -13,7 +13,7 @@ LAYERS = [
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"processes"},
-    {"guard", "student", "run_directory"},
+    {"guard", "student", "run_directory", "teacher_cache"},
     {"trainer", "predict", "detect", "check", "import_weights"},
     {"run", "bench"},
     {"cli"},

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fpd_accel.augment import Geometry, draw_geometry, sample_generator
+from fpd_accel.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards, decode_image
 from fpd_accel.errors import DataError
@@ -73,7 +74,8 @@ class PoseStream(IterableDataset[Batch]):
     drops the repeated :attr:`Batch.rows`.
 
     ``shards`` may be a mixture of several. ``unlabelled`` people, of whatever skeleton, come with no keypoint visible
-    and have ``share`` of the samples. ``unbiased`` crops as UDP does.
+    and have ``share`` of the samples. ``unbiased`` crops as UDP does. ``lessons``: what a teacher said of all views of
+    all these people, handed out with them.
     """
 
     def __init__(
@@ -92,12 +94,13 @@ class PoseStream(IterableDataset[Batch]):
         unbiased: bool = False,
         unlabelled: Shards | None = None,
         share: float = 0.0,
+        lessons: Lessons | None = None,
     ) -> None:
         self.people, self.skeleton = as_mixture(shards), shards.skeleton
         self.input_size, self.batch_size, self.padding = input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
         self.start, self.stop = start, len(self.people) if stop is None else stop
-        self.unbiased, self.share = unbiased, share if unlabelled is not None else 0.0
+        self.unbiased, self.share, self.lessons = unbiased, share if unlabelled is not None else 0.0, lessons
         self.sources = [Source(labelled, number) for number, labelled in enumerate(self.people.datasets)]
         if unlabelled is not None:
             self.sources.append(Source(unlabelled, len(self.sources), labelled=False))
@@ -119,6 +122,7 @@ class PoseStream(IterableDataset[Batch]):
         geometries = [self._geometry(person) for person in people]
         crops, keypoints, visible = zip(*map(self._crop, people, geometries), strict=True)
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
+        lessons, scales = self.lessons.read([self._record(p.place) for p in people]) if self.lessons else (None, None)
         return Batch(
             crops=torch.from_numpy(np.stack(crops)),
             keypoints=torch.from_numpy(np.stack(keypoints).astype(np.float32)),
@@ -127,6 +131,8 @@ class PoseStream(IterableDataset[Batch]):
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
             rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
             labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
+            lessons=lessons,
+            scales=scales,
         )
 
     def _place(self, sample: int) -> Place:
@@ -167,7 +173,7 @@ class PoseStream(IterableDataset[Batch]):
             return Geometry(center, size)
         place = person.place
         return draw_geometry(
-            sample_generator(self.seed, place.epoch, place.row, source=place.source),
+            sample_generator(self.seed, self._view(place), place.row, source=place.source),
             self.augment,
             skeleton=self.skeleton,
             center=center,
@@ -175,6 +181,19 @@ class PoseStream(IterableDataset[Batch]):
             keypoints=person.keypoints[:, :2],
             visible=person.keypoints[:, 2] > 0,
         )
+
+    def _view(self, place: Place) -> int:
+        """The number by which the geometry is drawn: of the epoch, or of one of a few views."""
+        views = self.augment.views if self.augment is not None else None
+        if views is None:
+            return place.epoch
+        return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=views)
+
+    def _record(self, place: Place) -> int:
+        """Where in the teacher's cache this view of this person is."""
+        assert self.lessons is not None
+        position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
+        return self.lessons.layout.record(place.source, position, self._view(place))
 
     def _crop(self, person: Person, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One warp, mirroring folded in; the keypoints through the same matrix, left and right exchanged with it."""
