@@ -372,7 +372,10 @@ def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
         "PoseStream.batch = cut\n"
         f"runpy.run_path({str(DISTILL)!r}, run_name='__main__')\n"
     )
-    job = start(str(script), "--config", str(short_recipe("cut", data={"train": str(own_shards), "valid": None})))
+    recipe = short_recipe(
+        "cut", data={"train": str(own_shards), "valid": None}, checkpoint={"every_steps": 3, "background": False}
+    )
+    job = start(str(script), "--config", str(recipe))
     _, said = job.communicate(timeout=100)
     assert job.returncode == -signal.SIGBUS, said
     assert "Fatal Python error: Bus error" in said

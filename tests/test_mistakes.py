@@ -591,11 +591,16 @@ def test_a_typo_ends_a_real_process_with_code_two(tiny_recipe: Callable[..., Pat
     assert ran.stdout == ""
 
 
-def test_only_the_first_of_several_processes_complains(
-    terminal: Terminal, tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("place", "said"), [("1", ""), ("0", "error (rank 1): ")])
+def test_only_the_first_process_of_each_machine_complains(
+    place: str, said: str, terminal: Terminal, tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert terminal("distill", "--config", tiny_recipe(), "train.stesp=3") == (2, "")
+    monkeypatch.setenv("LOCAL_RANK", place)
+    code, message = terminal("distill", "--config", tiny_recipe(), "train.stesp=3")
+    assert code == 2
+    assert message.startswith(said)
+    assert bool(message) == bool(said)
 
 
 def test_without_a_mistake_the_code_is_zero(terminal: Terminal, tiny_recipe: Callable[..., Path]) -> None:
