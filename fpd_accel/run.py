@@ -19,6 +19,7 @@ from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
@@ -36,6 +37,7 @@ from fpd_accel.report import Score, describe_model, describe_protocol, show_scor
 from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, weights_digest, write_recipe
 from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
+from fpd_accel.teacher_cache import CacheBuilder
 from fpd_accel.trainer import Trainer
 from fpd_accel.watchdog import Watchdog
 from fpd_accel.weights import load_weights
@@ -142,6 +144,8 @@ def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopReq
             trainer.restore(checkpoint, state)
             _say_where(trainer, checkpoint, state)
         _announce(trainer, taught[0] if taught else None)
+        if taught is not None and teacher is not None and trainer.step < trainer.total_steps:
+            trainer.lessons = _open_cache(trainer, taught[0], teacher)
         best = trainer.fit()
         scores = []
         if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
@@ -348,6 +352,8 @@ def _check_objective(recipe: Recipe, student: PoseModel, taught: tuple[ModelConf
             f"teacher: {config.arch} puts out SimCC's distributions, from which heatmaps cannot be made; "
             "take a heatmap teacher, or a SimCC student"
         )
+    if config.codec.name == "simcc" and recipe.teacher.cache is not None:
+        raise ConfigError(f"teacher.cache: keeps heatmaps alone, but {config.arch} is a SimCC teacher; leave it out")
     if (config.codec.name == "udp") != (recipe.codec.name == "udp"):
         raise ConfigError(
             f"teacher: it was trained with codec {config.codec.name!r}, the student has {recipe.codec.name!r}; udp "
@@ -376,6 +382,28 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         fold_norm=recipe.teacher.fold_norm,
         fp8=recipe.teacher.fp8,
     )
+
+
+def _open_cache(trainer: Trainer, config: ModelConfig, teacher: Teacher) -> Lessons | None:
+    """What the teacher says of every view, if the recipe wants it kept; asked now where nobody has yet."""
+    recipe = trainer.recipe
+    if recipe.teacher.cache is None:
+        return None
+    builder = CacheBuilder(
+        recipe,
+        trainer.accelerator,
+        options=recipe.teacher.cache,
+        teacher=teacher,
+        config=config,
+        digest=trainer.provenance["teacher_sha256"],
+        train=as_mixture(trainer.train_shards),
+        unlabelled=trainer.unlabelled_shards,
+        batch_size=trainer.device_batch,
+        stop=trainer.guard.stop,
+    )
+    with trainer.guard.explaining():
+        remaining = (trainer.total_steps - trainer.step) * recipe.train.global_batch
+        return builder.open(student=trainer.model_config, samples=remaining)
 
 
 def _evaluate_teacher(

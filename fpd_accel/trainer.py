@@ -17,6 +17,7 @@ from fpd_accel.codecs import PoseCodec
 from fpd_accel.compilation import eagerly
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
 from fpd_accel.data.batch import Batch, DeviceCopy, Normalization
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, close_loader, make_loader
@@ -88,6 +89,7 @@ class Trainer:
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.evaluated = 0  # the last step that was
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
+        self.lessons: Lessons | None = None  # the teacher's cache, once it is built
 
     @property
     def directory(self) -> Path:
@@ -220,6 +222,7 @@ class Trainer:
             unlabelled=self.unlabelled_shards,
             share=self.recipe.data.unlabelled.share if self.recipe.data.unlabelled is not None else 0.0,
             group_by_image=self.recipe.data.group_by_image,
+            lessons=self.lessons,
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import save_file
 
-from fpd_accel import evaluation, trainer
+from fpd_accel import evaluation, teacher_cache, trainer
 from fpd_accel.config import Evaluate, load_recipe
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards
@@ -43,6 +43,12 @@ def train_from(*recipes: str) -> None:
         run(load_recipe(recipes[RANK], check_files=False))
     except UserError as error:
         sys.stderr.write(f"refused: {error}\n")  # in one piece: two ranks write into one pipe
+
+
+def train_in_small_parts(recipe: str, overrides: list[str]) -> None:
+    """A cache of the teacher has as many parts as it can."""
+    teacher_cache.PART_BYTES = 1
+    train(recipe, overrides)
 
 
 def train_with_slow_scores(recipe: str, overrides: list[str], seconds: float, limit: float) -> None:
@@ -136,6 +142,7 @@ def dtypes(recipe: str, overrides: list[str]) -> None:
 TASKS = {
     "train": train,
     "train_from": train_from,
+    "train_in_small_parts": train_in_small_parts,
     "train_with_slow_scores": train_with_slow_scores,
     "train_noting_people": train_noting_people,
     "train_noting_statistics": train_noting_statistics,

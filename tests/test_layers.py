@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"processes"},
-    {"guard", "student", "run_directory"},
+    {"guard", "student", "run_directory", "teacher_cache"},
     {"trainer", "predict", "detect", "check", "import_weights"},
     {"run", "bench"},
     {"cli"},
