@@ -461,10 +461,10 @@ def _bench_step(arguments: argparse.Namespace) -> None:
     from fpd_accel.visualize import save_picture
 
     batches, steps = tuple(arguments.batch or ()), arguments.steps
-    counts = (("--batch", min(batches, default=1), 1), ("--rounds", arguments.rounds, 1), ("--steps", steps or 1, 1))
-    for option, given, least in counts:
-        if given < least:
-            raise DataError(f"{option} {given}: at least {least}")
+    counts = (("--batch", min(batches, default=1)), ("--rounds", arguments.rounds), ("--steps", steps))
+    for option, given in counts:
+        if given is not None and given < 1:
+            raise DataError(f"{option} {given}: at least 1")
     if arguments.picture is not None and arguments.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise DataError(f"{arguments.picture}: a picture is a .png or .jpg file")
     for path in filter(None, (arguments.json, arguments.picture)):

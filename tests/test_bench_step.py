@@ -75,8 +75,16 @@ def test_bench_step_prints_tables_and_writes_the_same_as_json_and_as_a_picture(
     assert set(one["ratios"]) == {"c/a", "c/a1", "c/b"}
     assert list(one["stages"]) == [*STAGES, "host gap"]
     assert one["roofline"]["reached"] == pytest.approx(our_rate / one["roofline"]["images_per_second"])
-    assert one["gate"]["problems"] == []
-    for words in ("c / it", "operators", "fused roofline", "GB/s of copies", f"{published_rate:.4g}", "host gap"):
+    assert one["gate"]["problems"] == report["exact_gate"]["problems"] == []
+    for words in (
+        "c / it",
+        "c against a in float64",
+        "operators",
+        "fused roofline",
+        "GB/s of copies",
+        f"{published_rate:.4g}",
+        "host gap",
+    ):
         assert words in printed
     picture = cv2.imread(str(tmp_path / "step.png"))
     assert picture.shape[0] > 400
@@ -109,7 +117,7 @@ def test_a_wrong_loss_is_not_timed(
     file = tmp_path / "step.json"
     assert cli.main([*TINY, "--batch", "2", "--variants", "c", "--precision", "fp32", "--json", str(file)]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "at batch 2 ours differs from the published step by more than 1e-05" in said
+    assert "bench step: in float64 ours differs from the published step" in said
     assert words in said
     assert not file.exists()
 
@@ -123,23 +131,45 @@ def test_looking_at_losses_and_gradients_leaves_a_step_as_it_was() -> None:
     batch = make_batch(2, (64, 64), seed=0)
     mine, other = ours(), published()
     before = [{name: t.clone() for name, t in step.student.state_dict().items()} for step in (mine, other)]
-    agreement = step_gate.compare(
-        step_gate.our_outcome(mine, batch), step_gate.published_outcome(other, host_made(batch, CODEC)), "fp32"
-    )
+    found = step_gate.our_outcome(mine, batch), step_gate.outcome_of(other, host_made(batch, CODEC))
+    agreement = step_gate.compare_as_timed(*found, found[1], "fp32")
     assert agreement["problems"] == []
+    assert agreement["allowed_gradient"] == 1e-5
     for step, kept in zip((mine, other), before, strict=True):
         assert all(torch.equal(kept[name], tensor) for name, tensor in step.student.state_dict().items())
         assert all(parameter.grad is None for parameter in (*step.student.parameters(), *step.teacher.parameters()))
 
 
-@pytest.mark.parametrize(("parameter", "scale"), [("stem.0.weight", 1.001), ("head.bias", math.nan)])
-def test_a_single_wrong_gradient_is_found(parameter: str, scale: float) -> None:
-    other = published()
-    right = step_gate.published_outcome(other, host_made(make_batch(2, (64, 64), seed=0), CODEC))
-    gradients = right.gradients | {parameter: right.gradients[parameter] * scale}
-    found = step_gate.compare(step_gate.Outcome(right.terms, gradients), right, "fp32")
-    assert any(parameter in problem or "nan" in problem for problem in found["problems"])
-    assert step_gate.compare(right, right, "fp32")["gradient"] == 0
+def outcome(**gradients: list[float]) -> step_gate.Outcome:
+    return step_gate.Outcome(
+        {"total": 2.0}, {name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()}
+    )
+
+
+def test_differences_are_relative_to_the_published_step() -> None:
+    right = outcome(large=[3.0, 4.0], small=[0.006, 0.008], zero=[0.0])
+    wrong = step_gate.Outcome({"total": 2.002}, outcome(large=[3.0, 4.0], small=[0.003, 0.004], zero=[1e-6]).gradients)
+    found = step_gate.differences(wrong, right)
+    assert found["losses"] == {"total": pytest.approx(1e-3)}
+    assert found["gradient"] == pytest.approx(math.hypot(0.005, 1e-6) / math.hypot(5, 0.01))
+    floor = 0.01 * math.hypot(5, 0.01) / math.sqrt(5) * math.sqrt(2)  # above the size of the small one
+    assert found["worst"] == {"parameter": "small", "error": pytest.approx(0.005 / floor)}
+
+
+@pytest.mark.parametrize("value", [0.00601, math.nan])
+def test_a_single_wrong_gradient_is_found(value: float) -> None:
+    right, wrong = (outcome(large=[3.0, 4.0], small=[small, 0.008]) for small in (0.006, value))
+    assert step_gate.compare_exactly(right, right)["problems"] == []
+    problems = step_gate.compare_exactly(wrong, right)["problems"]
+    assert any("the gradient of small by" in problem for problem in problems)
+
+
+def test_a_timed_step_may_differ_as_a_plain_one_of_its_precision_does() -> None:
+    right, plain, mine, wrong = (outcome(all=[100.0, value]) for value in (0.0, 0.1, 0.3, 0.5))
+    assert step_gate.compare_as_timed(mine, right, plain, "fp32")["problems"] == []
+    assert step_gate.compare_as_timed(mine, right, right, "fp32")["problems"] == ["the gradient by 3.0e-03"]
+    assert step_gate.compare_as_timed(wrong, right, plain, "fp32")["problems"] == ["the gradient by 5.0e-03"]
+    assert step_gate.compare_as_timed(wrong, right, right, "bf16")["problems"] == []
 
 
 def test_the_published_teacher_piles_up_gradients_and_the_other_does_not() -> None:
@@ -241,7 +271,7 @@ def test_multiply_adds_are_the_published_ones(name: str, published_gmacs: float)
     with torch.device("meta"):
         network = create_model(name, 17).eval()
     assert sum(layer.macs for layer in count_layers(network, (1, 3, 256, 192))) / 1e9 == pytest.approx(
-        published_gmacs, rel=2e-3
+        published_gmacs, rel=5e-3
     )
 
 
@@ -283,7 +313,7 @@ def test_memory_is_the_weights_and_what_the_step_took_for_a_moment() -> None:
     peak = memory.peak_mb(network)
     assert peak is not None
     assert weight_bytes(network) == 4_000_000
-    assert 204 <= peak < 260
+    assert 200 <= peak < 260
 
 
 def test_precision_is_reduced_where_the_hardware_has_it() -> None:

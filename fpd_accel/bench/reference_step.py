@@ -34,11 +34,14 @@ class FloatBatch:
     """What the published loader hands over: everything made on the host."""
 
     images: Float[Tensor, "batch 3 height width"]  # normalised
-    target: Maps
+    target: Float[Tensor, "batch joint heatmap_height heatmap_width"]
     weight: Float[Tensor, "batch joint 1"]
 
     def pin_memory(self) -> "FloatBatch":
         return FloatBatch(self.images.pin_memory(), self.target.pin_memory(), self.weight.pin_memory())
+
+    def to(self, precision: torch.dtype) -> "FloatBatch":
+        return FloatBatch(self.images.to(precision), self.target.to(precision), self.weight.to(precision))
 
 
 class Terms(NamedTuple):

@@ -26,7 +26,7 @@ from fpd_accel.bench.environment import environment
 from fpd_accel.bench.our_step import STAGES, OurStep
 from fpd_accel.bench.reference_step import FloatBatch, PlainStep, PublishedStep
 from fpd_accel.bench.roofline import Ceilings, Pass, step_passes, summary
-from fpd_accel.bench.step_inputs import JOINTS, choose_device, choose_precision, host_made, make_batch
+from fpd_accel.bench.step_inputs import JOINTS, calm, choose_device, choose_precision, host_made, make_batch
 from fpd_accel.bench.step_probe import Memory, Stopwatch, count_kernels
 from fpd_accel.codecs import HeatmapCodec, create_codec
 from fpd_accel.config import Codec, Train
@@ -44,6 +44,7 @@ VARIANTS = {
     "c": "ours",
 }
 RATIOS = (("c", "a"), ("c", "a1"), ("c", "b"))
+EXACT_PEOPLE = 2  # of the comparison in float64
 BATCHES = 2  # different ones, in turn
 WARM_UP = {"cpu": 1, "cuda": 5}  # steps that do not count
 STEPS = {"cpu": 1, "cuda": 20}  # of a round
@@ -100,6 +101,7 @@ def bench_step(bench: StepBench) -> dict[str, Any]:
     codec = create_codec(Codec(), bench.input_size)
     assert isinstance(codec, HeatmapCodec)
     ground = Ground(bench, networks, accelerator, precision, ceilings, codec)
+    exact = _check_exactly(ground) if "c" in bench.variants else None
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # as the published configurations have it
     try:
@@ -113,6 +115,7 @@ def bench_step(bench: StepBench) -> dict[str, Any]:
         "variants": {name: VARIANTS[name] for name in bench.variants},
         "ceilings": {"matmul_tflops": ceilings.flops / 1e12, "fp32_matmul_tflops": fp32 / 1e12,
                      "copy_gbytes": ceilings.bytes / 1e9},
+        "exact_gate": exact,
         "batches": measured,
     }  # fmt: skip
 
@@ -127,7 +130,7 @@ def _networks(bench: StepBench) -> tuple[nn.Module, nn.Module]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)
         student, teacher = (
-            create_model(name, JOINTS, input_size=bench.input_size) for name in (bench.student, bench.teacher)
+            calm(create_model(name, JOINTS, input_size=bench.input_size)) for name in (bench.student, bench.teacher)
         )
     return student, teacher
 
@@ -154,9 +157,9 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
     ours, theirs = _people(ground, batch)
     contestants = {name: _contestant(name, ground, batch) for name in bench.variants}
     inputs: dict[str, list[Any]] = {name: ours if name == "c" else theirs for name in contestants}
-    gate = _gate(contestants.get("c"), contestants.get("a"), ground, ours[0], theirs[0])
-    if gate is not None:
-        step_gate.require_agreement(gate, batch)
+    gate = None
+    if "c" in contestants:
+        gate = _check_as_timed(ground, contestants, ours[0], theirs[0])
     found: dict[str, dict[str, Any]] = {}
     for name, contestant in track(contestants.items(), f"warming up, batch {batch}", total=len(contestants)):
         memory = Memory(device)
@@ -206,17 +209,40 @@ def _contestant(name: str, ground: Ground, batch: int) -> Contestant:
     return PublishedStep(student, teacher, device, teacher_gradients=name == "a")
 
 
-def _gate(
-    mine: Contestant | None, published: Contestant | None, ground: Ground, ours: Batch, theirs: FloatBatch
-) -> dict[str, Any] | None:
-    """The differences between ours and the published step, made for it if it is not measured; None without ours."""
-    if not isinstance(mine, OurStep):
-        return None
-    if not isinstance(published, PublishedStep):
-        published = _contestant("a", ground, len(ours))
-        assert isinstance(published, PublishedStep)
-    outcomes = step_gate.our_outcome(mine, ours), step_gate.published_outcome(published, theirs)
-    return step_gate.compare(*outcomes, ground.precision)
+def _check_exactly(ground: Ground) -> dict[str, Any]:
+    """Ours against the published step in float64; see ``step_gate.py``."""
+    device, codec = ground.accelerator.device, ground.codec
+    batch = make_batch(EXACT_PEOPLE, ground.bench.input_size, seed=ground.bench.seed)
+    student, teacher = (copy.deepcopy(network).double() for network in ground.networks)
+    published = PublishedStep(student, teacher, device, teacher_gradients=True)
+    theirs = step_gate.outcome_of(published, host_made(batch, codec).to(torch.float64))
+    student, teacher = (step_gate.InDouble(copy.deepcopy(network)) for network in ground.networks)
+    mine = OurStep(student, teacher, ground.accelerator, codec=codec, train=Train(global_batch=EXACT_PEOPLE))
+    gate = step_gate.compare_exactly(step_gate.our_outcome(mine, batch), theirs)
+    ground.accelerator.free_memory()
+    step_gate.require_agreement(gate, "in float64")
+    return gate
+
+
+def _check_as_timed(
+    ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
+) -> dict[str, Any]:
+    """Ours as it is timed against the published step, which is made for it where it is not measured."""
+    mine, published = contestants["c"], contestants.get("a") or _contestant("a", ground, len(ours))
+    student, teacher = (copy.deepcopy(network) for network in ground.networks)
+    if ground.precision == "fp32":  # another order of sums: else there would be no difference to measure
+        student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher))
+    plain = PlainStep(student, teacher, ground.accelerator.device, precision=DTYPES[ground.precision])
+    assert isinstance(mine, OurStep)
+    assert isinstance(published, PublishedStep)
+    gate = step_gate.compare_as_timed(
+        step_gate.our_outcome(mine, ours),
+        step_gate.outcome_of(published, theirs),
+        step_gate.outcome_of(plain, theirs),
+        ground.precision,
+    )
+    step_gate.require_agreement(gate, f"at batch {len(ours)} in {ground.precision}")
+    return gate
 
 
 def _ratios(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
