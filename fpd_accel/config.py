@@ -27,6 +27,8 @@ ARCHITECTURES = (
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
 SIMCC_SUFFIX = "_simcc"  # after any of them: the same network under a SimCC head
 
+Compile = Literal["none", "units", "whole"]  # nothing, the repeated blocks of a network, or all of it as one graph
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -156,7 +158,7 @@ class TeacherModel(Section):
     codec: Codec = Codec()  # likewise: how it was trained to say where a keypoint is
     recipe: str | None = None  # trained first, with distill.mode=normal, when the weights do not exist yet
     overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
-    compile: bool = False  # torch.compile; pays off on a GPU
+    compile: Compile = "none"  # torch.compile; of the training steps alone
     shard: bool = False  # over the ranks, gathered block by block: for a teacher too large for one device
 
 
@@ -183,6 +185,8 @@ class Train(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; None: no moving average of the weights
     freeze_norm: bool = False  # keep the running statistics of normalisation layers, and use them
     channels_last: bool = True  # memory format of images and convolutions
+    compile: Compile = "none"  # torch.compile; whole: student, targets and losses are one graph, units: losses another
+    cuda_graphs: bool = False  # whole: replay a step's kernels as one launch; one process on a GPU, for small batches
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"  # student copied to each rank, or sharded; auto: as launched
     sync_norm: bool = False  # batch normalisation over the people of all ranks; GPUs alone, each layer waits
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # without progress, after which a process ends with a message
@@ -347,7 +351,8 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
     "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs",
-    "train.device_batch", "train.parallel", "train.timeout_minutes", "evaluate", "log", "checkpoint",
+    "train.device_batch", "train.parallel", "train.timeout_minutes", "train.compile", "train.cuda_graphs",
+    "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -486,6 +491,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append(
             f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
         )
+    if train.cuda_graphs and train.compile != "whole":
+        mistakes.append(f"train.cuda_graphs: goes with train.compile=whole, not {train.compile}")
     if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
         mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     mistakes += _train_contradictions(recipe.data)

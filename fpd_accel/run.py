@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpd_accel.compilation import eagerly
 from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
@@ -64,6 +65,8 @@ def run(
 def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopRequest | None) -> list[Score]:
     if recipe.train.sync_norm and accelerator.device.type != "cuda":
         raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
+    if recipe.train.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise TrainingError("train.cuda_graphs: for one process on a GPU alone; leave it out")
     _draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
@@ -363,6 +366,7 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         normalization=config.normalization,
         precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         compile=recipe.teacher.compile,
+        cuda_graphs=recipe.train.cuda_graphs,
         shard=shard,
     )
 
@@ -375,17 +379,18 @@ def _evaluate_teacher(
     accelerator: Accelerator,
     watchdog: Watchdog,
 ) -> dict[str, float]:
-    metrics, _ = evaluate(
-        teacher.model,
-        valid,
-        codec=config.create_codec(),
-        normalization=teacher.normalization,
-        padding=recipe.data.box_padding,
-        options=recipe.evaluate,
-        workers=recipe.data.workers,
-        accelerator=accelerator,
-        watchdog=watchdog,
-    )
+    with eagerly(recipe):
+        metrics, _ = evaluate(
+            teacher.model,
+            valid,
+            codec=config.create_codec(),
+            normalization=teacher.normalization,
+            padding=recipe.data.box_padding,
+            options=recipe.evaluate,
+            workers=recipe.data.workers,
+            accelerator=accelerator,
+            watchdog=watchdog,
+        )
     return metrics
 
 
@@ -402,6 +407,14 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
         f"{', sharded (FSDP2)' if is_sharded(trainer.accelerator) else ''}"
         f"{trainer.train_shards.skeleton.sigma_note}"
     )
+    compiled = {"student": trainer.student.compiled}
+    if teacher is not None:
+        compiled["teacher"] = recipe.teacher.compile
+    if parts := [f"{name} ({what})" for name, what in compiled.items() if what != "none"]:
+        say(
+            f"compiling {', '.join(parts)}: the first step waits for it, minutes for a large network; PyTorch keeps "
+            "the result for later runs"
+        )
 
 
 def evaluate_folder(

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpd_accel.checkpoint import MANIFEST, optimizer_tensors, read_tensors, restore_optimizer, sha256
-from fpd_accel.config import Optim, Train
+from fpd_accel.compilation import compile_network
+from fpd_accel.config import Compile, Optim, Train
 from fpd_accel.models.base import PoseModel
 from fpd_accel.optim import create_optimizer
 from fpd_accel.outputs import Output, each
@@ -30,6 +31,7 @@ class Student:
     Attributes:
         model: what the forward goes through, wrapped as the Accelerator sees fit.
         optimizer: of its parameters; the learning rate is set in every step.
+        compiled: what of the network is a graph; ``whole`` is left to whoever calls it (see :meth:`Distiller.compile`).
     """
 
     def __init__(self, network: nn.Module, accelerator: Accelerator, *, train: Train, optim: Optim) -> None:
@@ -39,6 +41,10 @@ class Student:
         if train.channels_last and not is_sharded(accelerator):  # FSDP2 takes contiguous parameters alone
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(accelerator.device)  # without wrappers: what is saved and evaluated
+        # What is gathered block by block cannot be one graph.
+        self.compiled: Compile = "units" if train.compile == "whole" and is_sharded(accelerator) else train.compile
+        if self.compiled == "units":
+            compile_network(self.network, self.compiled)
         if is_sharded(accelerator):
             units = (
                 {type(unit).__name__ for unit in network.unit_modules()} if isinstance(network, PoseModel) else set()
@@ -47,6 +53,11 @@ class Student:
             _autocast(network, accelerator)
         optimizer = create_optimizer(self.network, optim, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        # A replayed graph writes its results where it wrote them before: gradients must not live there.
+        self._keep_gradients = train.cuda_graphs
+        if self._keep_gradients:
+            for parameter in self.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self.average = WeightAverage(self.network, train.ema_decay) if train.ema_decay is not None else None
 
     def train(self) -> None:
@@ -64,7 +75,7 @@ class Student:
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
         if self.average is not None:
             self.average.update()
 

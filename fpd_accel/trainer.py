@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fpd_accel.checkpoint import write_checkpoint
 from fpd_accel.codecs import PoseCodec
+from fpd_accel.compilation import eagerly
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
-from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.batch import Batch, DeviceCopy, Normalization
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, close_loader, make_loader
@@ -80,6 +81,8 @@ class Trainer:
             self.student.model, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
             normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
+        if self.student.compiled != "none":
+            self.distiller.compile(student=self.student.compiled == "whole", cuda_graphs=recipe.train.cuda_graphs)
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.protocol = protocol(valid, recipe.evaluate) if valid is not None else {}  # what best_metrics hang on
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
@@ -122,7 +125,7 @@ class Trainer:
             stack.enter_context(self.guard.watching(step=self.step))
             if self._evaluation_is_due():  # left undone by a stop, or done by another protocol
                 self._evaluate()
-            batches = self._batches()
+            batches, copy = self._batches(), DeviceCopy(accelerator.device)
             stack.callback(close_loader, batches)
             student.train()
             while self.step < self.total_steps:
@@ -136,7 +139,7 @@ class Trainer:
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
                     self.guard.look_at(self.train_shards)
-                    batch = next(batches).to(accelerator.device)
+                    batch = copy(next(batches))
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(student.model):
@@ -241,7 +244,7 @@ class Trainer:
         assert self.valid_shards is not None
         self.student.average_buffers()
         self.guard.look_at(self.valid_shards)
-        with self.student.averaged() as model:
+        with eagerly(self.recipe), self.student.averaged() as model:
             metrics, people = evaluate(
                 model,
                 self.valid_shards,

@@ -10,6 +10,7 @@ LAYERS = [
     {"config", "skeleton"},
     {"files", "geometry", "log", "legacy", "outputs", "yacs"},
     {"codecs", "decode", "losses", "models", "layouts"},
+    {"compilation"},
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"processes"},
