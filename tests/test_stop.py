@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # A trainer and a loader process that is blocked in a read; the pipe `life` is open as long as one of them lives.
 SCRIPT = """
 import multiprocessing, os, signal, sys
-from fpd_accel.stop import outlive_stop
+from fpd_accel.stop import end_process, outlive_stop
 
 def serve(pipe):
     outlive_stop()
@@ -27,8 +27,7 @@ for line in sys.stdin:
         here.send(True)
         print(here.recv(), flush=True)
     else:
-        worker.terminate()
-        worker.join()
+        end_process(worker)
         print("ended", worker.exitcode, flush=True)
 """
 
