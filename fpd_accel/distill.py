@@ -16,6 +16,7 @@ from fpd_accel.codecs import HeatmapCodec, PoseCodec, SimCCCodec
 from fpd_accel.compilation import compile_options
 from fpd_accel.config import Distill
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.lessons import unpack
 from fpd_accel.decode import peak_scores
 from fpd_accel.losses import Losses, heatmap_kl, heatmap_mse, heatmap_ohkm, marginals, simcc_kl
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
@@ -94,9 +95,6 @@ class Distiller(nn.Module):
         else:
             self._compared = torch.compile(self._compared, **options)  # type: ignore[method-assign]
 
-    def _lessons(self, batch: Batch) -> tuple[Output, ...] | None:
-        return self.teacher(batch.crops) if self.teacher is not None else None
-
     def _terms(self, batch: Batch, lessons: tuple[Output, ...] | None) -> Terms:
         return self._compared(self.student(self.normalization(batch.crops)), batch, lessons)
 
@@ -119,6 +117,12 @@ class Distiller(nn.Module):
             return Losses(pose, pose.detach(), kd, kd_unlabelled, predicted, target, None)
         total = (1 - self.alpha) * pose + self.alpha * kd
         return Losses(total, pose.detach(), kd.detach(), kd_unlabelled, predicted, target, lessons[-1])
+
+    def _lessons(self, batch: Batch) -> tuple[Output, ...] | None:
+        """What the teacher says of these crops: as its cache has it, where the loader read that, or asked now."""
+        if batch.lessons is not None:
+            return unpack(batch.lessons, batch.scales)
+        return self.teacher(batch.crops) if self.teacher is not None else None
 
     def _to_labels(self, stage: Output, target: Output, weight: Tensor) -> Tensor:
         if isinstance(stage, SimCC):

@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpd_accel.checkpoint import optimizer_tensors, restore_optimizer
+from fpd_accel.checkpoint import MANIFEST, optimizer_tensors, read_tensors, restore_optimizer, sha256
 from fpd_accel.compilation import compile_network
 from fpd_accel.config import Compile, Optim, Train
 from fpd_accel.models.base import PoseModel
 from fpd_accel.optim import create_optimizer
 from fpd_accel.outputs import Output, each
-from fpd_accel.processes import is_sharded
+from fpd_accel.processes import is_sharded, on_every_rank
 
 
 class Student:
@@ -138,12 +137,22 @@ class Student:
         return tensors
 
     def restore(self, checkpoint: Path) -> None:
-        """Put back what :meth:`state` gave, whatever number of ranks and sharding it was saved by."""
-        self._load(load_file(checkpoint / "student.safetensors"))
-        restore_optimizer(self.network, self.optimizer.optimizer, checkpoint / "optimizer.safetensors")
+        """Put back what :meth:`state` gave, whatever number of ranks and sharding it was saved by.
+
+        Raises:
+            CheckpointError: a rank cannot read it.
+        """
+        names = ["student", "optimizer", *(["student_ema"] if self.average is not None else [])]
+        saved = on_every_rank(
+            self.accelerator,
+            lambda: read_tensors(checkpoint, names),
+            same=lambda _: sha256(checkpoint / MANIFEST),
+        )
+        self._load(saved["student"])
+        restore_optimizer(self.network, self.optimizer.optimizer, saved["optimizer"])
         if self.average is not None:
             with self.averaged():
-                self._load(load_file(checkpoint / "student_ema.safetensors"))
+                self._load(saved["student_ema"])
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         set_model_state_dict(self.network, dict(weights), options=StateDictOptions(full_state_dict=True, strict=True))

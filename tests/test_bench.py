@@ -1,6 +1,7 @@
 """``fpd-accel bench``: the commands run, and what they report is what they measured."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,18 @@ def test_a_probe_is_a_process_of_its_own(tiny_shards: Path) -> None:
     shards = Shards(tiny_shards)
     assert (found["people"], found["images"]) == (len(shards), len(shards.images))
     assert 0 < found["seconds"] < 60
+
+
+def test_a_cold_opening_reads_every_file_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, forgotten = draw_crowd(tmp_path, 5), []
+
+    def forget(file: int, *_: int) -> None:
+        forgotten.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    probe.time_opening(str(shards.path), cold=True)
+    assert sorted(forgotten) == sorted(str(path) for path in Path(shards.path).rglob("*") if path.is_file())
+    assert {"usable.npy", "dataset.json"} < {Path(name).name for name in forgotten}
 
 
 def test_own_data_are_measured_where_they_are(

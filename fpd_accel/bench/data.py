@@ -39,7 +39,7 @@ def bench_data(
     """
     compared = datasets if photographs is None else photographs
     for shards in (*datasets, *compared):
-        if not len(shards):
+        if not shards.description["counts"]["usable"]:  # opened here, files would stay in memory
             raise DataError(f"{shards.path}: has nobody that could be cropped, so there is nothing to measure")
     workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
     measurements = [temperature for temperature in _temperatures() for _ in range(OPENINGS)]

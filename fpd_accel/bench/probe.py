@@ -43,13 +43,19 @@ def memory(pid: int | str = "self") -> dict[str, float] | None:
 def time_opening(path: str, *, cold: bool) -> dict[str, Any]:
     """Seconds until people can be read; ``cold``: of files that are not in memory."""
     if cold:
-        for file in Path(path).rglob("*.arrow"):
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for file in filter(Path.is_file, Path(path).rglob("*")):
+            evict(file)
     began = time.perf_counter()
     shards = Shards(path)
     shards.open()
     return {"seconds": time.perf_counter() - began, "people": len(shards), "images": len(shards.images)}
+
+
+def evict(file: Path) -> None:
+    """Let the system forget what it has of a file in memory, once that is on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[str, Any]:

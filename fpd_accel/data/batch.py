@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 
@@ -22,6 +22,10 @@ class Batch:
     sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
     rows: Int64[Tensor, " batch"]  # of the people in their shards; of a mixture, in those that each is from
     labelled: Float[Tensor, " batch"] | None = None  # 1 or 0 where people without labels are mixed in; None: all are
+    lessons: Shaped[Tensor, "batch stage joint heatmap_height heatmap_width"] | None = (
+        None  # as the teacher's cache has
+    )
+    scales: Float32[Tensor, "batch stage joint 2"] | None = None  # what belongs to them in uint8 (see lessons.py)
 
     def __len__(self) -> int:
         return self.crops.shape[0]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fpd_accel.data.shards import LABELS, Shards
+from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side
 
@@ -188,9 +188,9 @@ class Detections(Shards):
     def people(self) -> Any:
         return self._people
 
-    def read_labels(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        people = self._people[list(rows)]
-        return {name: people[name] for name in LABELS}
+    def columns(self, names: Iterable[str], rows: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
+        found = self._people[slice(None) if rows is None else list(rows)]
+        return {name: found[name] for name in names}
 
     @cached_property
     def usable(self) -> np.ndarray:

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fpd_accel.augment import Geometry, draw_geometry, sample_generator
+from fpd_accel.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.order import by_image
-from fpd_accel.data.shards import Shards, StoredImage, decode_image
+from fpd_accel.data.shards import LABELS, Shards, StoredImage, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
-from fpd_accel.stop import outlive_stop
+from fpd_accel.stop import end_process, outlive_stop
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class PoseStream(IterableDataset[Batch]):
     ``shards`` may be a mixture of several. ``unlabelled`` people, of whatever skeleton, come with no keypoint visible
     and have ``share`` of the samples. ``unbiased`` crops as UDP does. ``group_by_image`` shuffles images, not people:
     those of one image follow each other, so that it is decoded once for all of them that are in one micro-batch.
+    ``lessons``: what a teacher said of all views of all these people, handed out with them.
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class PoseStream(IterableDataset[Batch]):
         unlabelled: Shards | None = None,
         share: float = 0.0,
         group_by_image: bool = False,
+        lessons: Lessons | None = None,
     ) -> None:
         self.people, self.skeleton = as_mixture(shards), shards.skeleton
         self.exchange = np.array(self.skeleton.flip_index)  # of keypoints, where the image is mirrored
         self.input_size, self.batch_size, self.padding = input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
         self.start, self.stop = start, len(self.people) if stop is None else stop
-        self.unbiased, self.share = unbiased, share if unlabelled is not None else 0.0
+        self.unbiased, self.share, self.lessons = unbiased, share if unlabelled is not None else 0.0, lessons
         self.sources = [Source(labelled, number) for number, labelled in enumerate(self.people.datasets)]
         if unlabelled is not None:
             self.sources.append(Source(unlabelled, len(self.sources), labelled=False))
@@ -134,6 +137,7 @@ class PoseStream(IterableDataset[Batch]):
             for i in same_image:
                 keypoints[i], visible[i] = self._crop(pixels, people[i], geometries[i], into=crops[i])
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
+        lessons, scales = self.lessons.read([self._record(p.place) for p in people]) if self.lessons else (None, None)
         return Batch(
             crops=torch.from_numpy(crops),
             keypoints=torch.from_numpy(keypoints),
@@ -142,6 +146,8 @@ class PoseStream(IterableDataset[Batch]):
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
             rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
             labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
+            lessons=lessons,
+            scales=scales,
         )
 
     def place(self, sample: int) -> Place:
@@ -162,7 +168,7 @@ class PoseStream(IterableDataset[Batch]):
         return [found[place] for place in places]
 
     def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Person]:
-        people = source.shards.read_labels([place.row for place in places])
+        people = source.shards.columns(LABELS, [place.row for place in places])
         rows = people["image_row"].tolist()
         images = source.shards.read_images(rows)
         nothing = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
@@ -198,7 +204,7 @@ class PoseStream(IterableDataset[Batch]):
             return Geometry(center, size)
         place = person.place
         return draw_geometry(
-            sample_generator(self.seed, place.epoch, place.row, source=place.source),
+            sample_generator(self.seed, self._view(place), place.row, source=place.source),
             self.augment,
             skeleton=self.skeleton,
             center=center,
@@ -206,6 +212,19 @@ class PoseStream(IterableDataset[Batch]):
             keypoints=person.keypoints[:, :2],
             visible=person.keypoints[:, 2] > 0,
         )
+
+    def _view(self, place: Place) -> int:
+        """The number by which the geometry is drawn: of the epoch, or of one of a few views."""
+        views = self.augment.views if self.augment is not None else None
+        if views is None:
+            return place.epoch
+        return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=views)
+
+    def _record(self, place: Place) -> int:
+        """Where in the teacher's cache this view of this person is."""
+        assert self.lessons is not None
+        position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
+        return self.lessons.layout.record(place.source, position, self._view(place))
 
     def _crop(
         self, pixels: np.ndarray, person: Person, geometry: Geometry, *, into: np.ndarray
@@ -249,10 +268,12 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
 
 
 def close_loader(batches: Iterator[Batch]) -> None:
-    """End a loader's processes now: at the end of the interpreter they would be sent the SIGTERM that they outlive."""
+    """End a loader's processes now, not at the end of the interpreter."""
     end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
     if end is not None:
         end()
+        for process in batches._workers:  # type: ignore[attr-defined]
+            end_process(process)
 
 
 def _start_worker(_: int) -> None:
