@@ -15,7 +15,7 @@ from fpd_accel.errors import ConfigError, TrainingError
 from fpd_accel.fp8 import FLOAT8, Float8Linear, require_float8, to_float8, to_float8_linears
 from fpd_accel.teacher import Teacher
 
-BLOCKS = 3  # of twelve
+BLOCKS = 2  # of twelve
 
 
 def transformer(arch: str = "vitpose_s") -> nn.Module:
@@ -79,9 +79,8 @@ def test_a_layer_without_bias_has_none_in_float8_either() -> None:
     assert relative(layer(tokens), linear(tokens).detach()) < 0.06  # a rounding of 2.6 % on either side of the product
 
 
-@pytest.mark.parametrize("arch", ["vitpose_s", "vitpose_s_simple"])
-def test_a_float8_teacher_gives_the_heatmaps_of_the_exact_one_to_a_twentieth(arch: str) -> None:
-    model, batch = transformer(arch), random_batch()
+def test_a_float8_teacher_gives_the_heatmaps_of_the_exact_one_to_a_twentieth() -> None:
+    model, batch = transformer(), random_batch()
     names = model.state_dict().keys()
     exact = Teacher(copy.deepcopy(model))(batch.crops)[0]
     rounded = Teacher(copy.deepcopy(model), precision=torch.bfloat16)(batch.crops)[0]
