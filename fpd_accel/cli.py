@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fpd_accel.bench.commands import add_commands
 from fpd_accel.errors import DataError, UserError
 from fpd_accel.log import fail, say
 
@@ -146,18 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     config.set_defaults(run=_import_config)
 
-    bench = commands.add_parser("bench", help="measure what the trainer costs on this machine")
-    whats = bench.add_subparsers(dest="what", required=True, metavar="what")
-    data = whats.add_parser("data", help="opening, memory, resuming and rates of a dataset, by its size")
-    data.add_argument(
-        "--people", type=int, nargs="+", metavar="N", help="sizes of the datasets to generate (default: 10000 1000000)"
-    )
-    data.add_argument("--data", nargs="+", metavar="SHARDS", help="your own instead, written by fpd-accel prepare")
-    data.add_argument("--cache", type=Path, metavar="DIR", help="keep what is generated there (default: nowhere)")
-    data.add_argument("--batch", type=int, default=32, help="people per batch (default: 32)")
-    data.add_argument("--batches", type=int, default=100, help="batches to measure rates over (default: 100)")
-    data.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
-    data.set_defaults(run=_bench_data)
+    add_commands(commands.add_parser("bench", help="measure what the trainer costs on this machine"))
 
     chosen = parser.parse_args(arguments)
     try:
@@ -331,31 +321,6 @@ def _info(arguments: argparse.Namespace) -> None:
     from fpd_accel.report import show_model
 
     show_model(arguments.folder)
-
-
-def _bench_data(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
-    from fpd_accel.bench.crowd import draw_crowd
-    from fpd_accel.bench.data import bench_data, show_data
-    from fpd_accel.data.shards import Shards
-    from fpd_accel.files import prepare_file, write_whole
-
-    if arguments.data and (arguments.people or arguments.cache):
-        raise DataError("--data does not go with --people and --cache, which are for generated people; leave them out")
-    people = arguments.people or [10_000, 1_000_000]
-    for option, least in (("--people", min(people)), ("--batch", arguments.batch), ("--batches", arguments.batches)):
-        if least < 1:
-            raise DataError(f"{option} {least}: at least 1")
-    if arguments.json is not None:
-        prepare_file(arguments.json)
-    with TemporaryDirectory(prefix="fpd-bench-") as temporary:
-        folder = arguments.cache or Path(temporary)
-        datasets = [Shards(path) for path in arguments.data or ()] or [draw_crowd(folder, number) for number in people]
-        report = bench_data(datasets, batch=arguments.batch, batches=arguments.batches)
-    show_data(report)
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:

@@ -1,0 +1,350 @@
+"""``fpd-accel bench step``: it runs, it counts what is there, and it times nothing that computes something else."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fpd_accel import cli, create_model, distill
+from fpd_accel.bench import step_gate
+from fpd_accel.bench.our_step import STAGES, OurStep
+from fpd_accel.bench.reference_step import PlainStep, PublishedStep, host_accuracy, per_joint_mse
+from fpd_accel.bench.roofline import (
+    Ceilings,
+    Pass,
+    count_layers,
+    inference_passes,
+    seconds,
+    step_passes,
+    summary,
+    training_passes,
+)
+from fpd_accel.bench.step import spread
+from fpd_accel.bench.step_inputs import choose_precision, host_made, make_batch
+from fpd_accel.bench.step_probe import Memory, covered, weight_bytes
+from fpd_accel.codecs import HeatmapCodec
+from fpd_accel.config import Train
+from fpd_accel.decode import heatmap_accuracy
+from fpd_accel.losses import heatmap_mse
+from fpd_accel.processes import create_accelerator
+
+TINY = ["bench", "step", "--student", "tiny_w8", "--teacher", "tiny_w16", "--input", "64", "64", "--rounds", "1"]
+CODEC = HeatmapCodec(input_size=(64, 64), heatmap_size=(16, 16))
+CPU = torch.device("cpu")
+
+
+def networks(*names: str) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [create_model(name, 17) for name in names]
+
+
+def ours() -> OurStep:
+    train = Train(global_batch=2)
+    return OurStep(*networks("tiny_w8", "tiny_w16"), create_accelerator("fp32"), codec=CODEC, train=train)
+
+
+def published(*, teacher_gradients: bool = True) -> PublishedStep:
+    return PublishedStep(*networks("tiny_w8", "tiny_w16"), CPU, teacher_gradients=teacher_gradients)
+
+
+def test_bench_step_prints_tables_and_writes_the_same_as_json_and_as_a_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--json", str(tmp_path / "step.json"), "--picture", str(tmp_path / "step.png")]
+    assert cli.main([*TINY, "--batch", "2", "--device", "cpu", *files]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "step.json").read_bytes())
+    assert report["bench"] == "step"
+    assert report["settings"]["precision"] in ("fp32", "bf16")
+    assert all(value > 0 for value in report["ceilings"].values())
+    (one,) = report["batches"]
+    assert set(one["variants"]) == {"a", "a1", "b", "c"}
+    for found in one["variants"].values():
+        assert found["images_per_second"]["median"] == pytest.approx(2 / found["seconds"][0])
+        assert found["kernels"] > 100
+    published_rate, our_rate = (one["variants"][name]["images_per_second"]["median"] for name in ("a", "c"))
+    assert one["ratios"]["c/a"]["median"] == pytest.approx(our_rate / published_rate)
+    assert set(one["ratios"]) == {"c/a", "c/a1", "c/b"}
+    assert list(one["stages"]) == [*STAGES, "host gap"]
+    assert one["roofline"]["reached"] == pytest.approx(our_rate / one["roofline"]["images_per_second"])
+    assert one["gate"]["problems"] == report["exact_gate"]["problems"] == []
+    for words in (
+        "c / it",
+        "c against a in float64",
+        "operators",
+        "fused roofline",
+        "GB/s of copies",
+        f"{published_rate:.4g}",
+        "host gap",
+    ):
+        assert words in printed
+    picture = cv2.imread(str(tmp_path / "step.png"))
+    assert picture.shape[0] > 400
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10  # bars of several colours
+
+
+@pytest.mark.gpu
+def test_bench_step_runs_on_a_gpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    file = tmp_path / "step.json"
+    assert cli.main([*TINY, "--batch", "8", "--device", "cuda", "--steps", "2", "--json", str(file)]) == 0
+    (one,) = json.loads(file.read_bytes())["batches"]
+    assert one["variants"]["c"]["kernels"] > 100
+    assert one["variants"]["c"]["busy_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda predicted, target, weight: 1.001 * heatmap_mse(predicted, target, weight), "loss total by 1.0e-03"),
+        (lambda predicted, target, weight: heatmap_mse(_biased(predicted), target, weight), "the gradient by"),
+    ],
+    ids=["another value", "another gradient"],
+)
+def test_a_wrong_loss_is_not_timed(
+    wrong: Any, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distill, "heatmap_mse", wrong)
+    file = tmp_path / "step.json"
+    assert cli.main([*TINY, "--batch", "2", "--variants", "c", "--precision", "fp32", "--json", str(file)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "bench step: in float64 ours differs from the published step" in said
+    assert words in said
+    assert not file.exists()
+
+
+def _biased(predicted: Tensor) -> Tensor:
+    """The same values, but a gradient that is a thousandth larger."""
+    return predicted + 1e-3 * (predicted - predicted.detach())
+
+
+def test_looking_at_losses_and_gradients_leaves_a_step_as_it_was() -> None:
+    batch = make_batch(2, (64, 64), seed=0)
+    mine, other = ours(), published()
+    before = [{name: t.clone() for name, t in step.student.state_dict().items()} for step in (mine, other)]
+    found = step_gate.our_outcome(mine, batch), step_gate.outcome_of(other, host_made(batch, CODEC))
+    agreement = step_gate.compare_as_timed(*found, found[1], "fp32")
+    assert agreement["problems"] == []
+    assert agreement["allowed_gradient"] == 1e-5
+    for step, kept in zip((mine, other), before, strict=True):
+        assert all(torch.equal(kept[name], tensor) for name, tensor in step.student.state_dict().items())
+        assert all(parameter.grad is None for parameter in (*step.student.parameters(), *step.teacher.parameters()))
+
+
+def outcome(**gradients: list[float]) -> step_gate.Outcome:
+    return step_gate.Outcome(
+        {"total": 2.0}, {name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()}
+    )
+
+
+def test_differences_are_relative_to_the_published_step() -> None:
+    right = outcome(large=[3.0, 4.0], small=[0.006, 0.008], zero=[0.0])
+    wrong = step_gate.Outcome({"total": 2.002}, outcome(large=[3.0, 4.0], small=[0.003, 0.004], zero=[1e-6]).gradients)
+    found = step_gate.differences(wrong, right)
+    assert found["losses"] == {"total": pytest.approx(1e-3)}
+    assert found["gradient"] == pytest.approx(math.hypot(0.005, 1e-6) / math.hypot(5, 0.01))
+    floor = 0.01 * math.hypot(5, 0.01) / math.sqrt(5) * math.sqrt(2)  # above the size of the small one
+    assert found["worst"] == {"parameter": "small", "error": pytest.approx(0.005 / floor)}
+
+
+@pytest.mark.parametrize("value", [0.00601, math.nan])
+def test_a_single_wrong_gradient_is_found(value: float) -> None:
+    right, wrong = (outcome(large=[3.0, 4.0], small=[small, 0.008]) for small in (0.006, value))
+    assert step_gate.compare_exactly(right, right)["problems"] == []
+    problems = step_gate.compare_exactly(wrong, right)["problems"]
+    assert any("the gradient of small by" in problem for problem in problems)
+
+
+def test_a_timed_step_may_differ_as_a_plain_one_of_its_precision_does() -> None:
+    right, plain, mine, wrong = (outcome(all=[100.0, value]) for value in (0.0, 0.1, 0.3, 0.5))
+    assert step_gate.compare_as_timed(mine, right, plain, "fp32")["problems"] == []
+    assert step_gate.compare_as_timed(mine, right, right, "fp32")["problems"] == ["the gradient by 3.0e-03"]
+    assert step_gate.compare_as_timed(wrong, right, plain, "fp32")["problems"] == ["the gradient by 5.0e-03"]
+    assert step_gate.compare_as_timed(wrong, right, right, "bf16")["problems"] == []
+
+
+def test_the_published_teacher_piles_up_gradients_and_the_other_does_not() -> None:
+    batch = host_made(make_batch(2, (64, 64), seed=0), CODEC)
+    for teacher_gradients in (True, False):
+        step = published(teacher_gradients=teacher_gradients)
+        step.run([batch])
+        assert all((p.grad is not None) == teacher_gradients for p in step.teacher.parameters())
+    once, twice = published(), published()
+    once.run([batch])
+    twice.run([batch, batch])
+    name = "head.weight"
+    first, both = (dict(step.teacher.named_parameters())[name].grad for step in (once, twice))
+    assert first is not None
+    assert both is not None
+    assert not torch.allclose(both, first, rtol=1e-2)
+
+
+def test_all_steps_train_alike() -> None:
+    batches = [make_batch(2, (64, 64), seed=seed) for seed in (0, 1)]
+    theirs = [host_made(batch, CODEC) for batch in batches]
+    plain = PlainStep(*networks("tiny_w8", "tiny_w16"), CPU, precision=torch.float32)
+    wanted = published().run(theirs)
+    for found in (published(teacher_gradients=False).run(theirs), plain.run(theirs), ours().run(batches)):
+        assert found == pytest.approx(wanted, rel=1e-3)  # the second step's: Adam divides small gradients by their size
+
+
+def test_a_step_in_stages_is_the_same_step() -> None:
+    batch = make_batch(2, (64, 64), seed=0)
+    marks: list[str] = []
+    whole, pieces = ours(), ours()
+    assert pieces.staged(batch, marks.append) == pytest.approx(whole.run([batch]), rel=1e-6)
+    assert marks == list(STAGES)
+    for a, b in zip(whole.student.state_dict().values(), pieces.student.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_published_loss_and_accuracy_are_ours_in_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = (torch.randn(5, 7, 12, 9, generator=generator) for _ in range(2))
+    weight = torch.rand(5, 7, generator=generator).round()
+    expected = heatmap_mse(predicted, target, weight)
+    torch.testing.assert_close(per_joint_mse(predicted, target, weight[..., None]), expected)
+    near = target + 0.5 * predicted
+    accuracy = float(heatmap_accuracy(near, target))
+    assert 0.2 < accuracy < 1
+    assert host_accuracy(near.numpy(), target.numpy()) == pytest.approx(accuracy, abs=1e-6)
+
+
+class Small(nn.Module):
+    """A convolution that is normalised, one that is not, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 6, 1, groups=2)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature = F.relu(self.norm(self.first(images)))
+        return self.last(self.second(feature).mean(dim=(2, 3)))
+
+
+def test_work_of_small_layers_is_what_a_hand_counts() -> None:
+    with torch.device("meta"):
+        network = Small()
+    layers = count_layers(network.train(), (2, 3, 8, 8))
+    first, second, last = layers
+    assert (first.macs, first.inputs, first.weights, first.outputs) == (128 * 27, 384, 108, 128)
+    assert (second.macs, second.inputs, second.weights, second.outputs) == (192 * 2, 128, 12, 192)
+    assert (last.macs, last.inputs, last.weights, last.outputs) == (2 * 5 * 6, 12, 30, 10)
+    assert [layer.normalised for layer in layers] == [True, False, False]
+    assert [layer.input_gradient for layer in layers] == [False, True, True]
+    assert not any(layer.normalised for layer in count_layers(network.eval(), (2, 3, 8, 8)))
+    assert inference_passes(layers, 2)[0] == Pass("convolution forward", 2 * 3456, 2 * (384 + 108 + 128))
+    assert training_passes(layers, 2) == [
+        Pass("convolution forward", 2 * 3456, 2 * (384 + 108 + 128 + 128)),  # the output once more, for statistics
+        Pass("convolution forward", 2 * 384, 2 * (128 + 12 + 192)),
+        Pass("linear forward", 2 * 60, 2 * (12 + 30 + 10)),
+        Pass("linear gradient of input", 2 * 60, 2 * (10 + 30 + 12)),
+        Pass("linear gradient of weights", 2 * 60, 2 * (12 + 10) + 4 * 30),
+        Pass("convolution gradient of input", 2 * 384, 2 * (192 + 12 + 128)),
+        Pass("convolution gradient of weights", 2 * 384, 2 * (128 + 192) + 4 * 12),
+        Pass("convolution gradient of weights", 2 * 3456, 2 * (384 + 128) + 4 * 108),
+    ]
+
+
+def test_the_roofline_adds_what_each_pass_waits_for() -> None:
+    passes = [Pass("bound by arithmetic", 100, 10), Pass("bound by memory", 10, 100), Pass("optimizer", 0, 40)]
+    ceilings = Ceilings(flops=10.0, bytes=20.0)
+    assert seconds(passes, ceilings) == 10 + 5 + 2
+    found = summary(passes, ceilings, 34)
+    assert found["images_per_second"] == 2
+    assert found["memory_bound_share"] == pytest.approx(7 / 17)
+
+
+@pytest.mark.parametrize(("name", "published_gmacs"), [("hrnet_w32", 7.62), ("hrnet_w48", 15.68)])
+def test_multiply_adds_are_the_published_ones(name: str, published_gmacs: float) -> None:
+    with torch.device("meta"):
+        network = create_model(name, 17).eval()
+    assert sum(layer.macs for layer in count_layers(network, (1, 3, 256, 192))) / 1e9 == pytest.approx(
+        published_gmacs, rel=5e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny_w8", "pose_resnet_18", "hourglass_1x16", "vitpose_s", "vitpose_s_simple"])
+def test_flops_of_forward_and_backward_are_those_that_pytorch_counts(name: str) -> None:
+    with torch.device("meta"):
+        network = create_model(name, 17, input_size=(64, 64)).train()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(2, 3, 64, 64, device="meta"))[-1].sum().backward()
+    passes = training_passes(count_layers(network, (2, 3, 64, 64)), 4)
+    assert sum(one.flops for one in passes) == counter.get_total_flops()
+
+
+def test_a_step_is_the_teacher_forward_and_three_times_the_student() -> None:
+    with torch.device("meta"):
+        student, teacher = create_model("tiny_w8", 17), create_model("tiny_w16", 17)
+    macs = [sum(layer.macs for layer in count_layers(each, (2, 3, 64, 64))) for each in (student, teacher)]
+    images = count_layers(student, (2, 3, 64, 64))[0].macs  # no gradient of the images
+    passes = step_passes(student, teacher, batch=2, input_size=(64, 64), element=2)
+    assert sum(one.flops for one in passes) == 2 * (macs[1] + 3 * macs[0] - images)
+    assert passes[-1] == Pass("optimizer", 0, 28 * sum(parameter.numel() for parameter in student.parameters()))
+
+
+def test_time_in_which_kernels_overlap_counts_once() -> None:
+    assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+    assert covered([]) == 0
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"median": 3, "low": 2, "high": 4}
+    assert spread([7.0]) == {"median": 7, "low": 7, "high": 7}
+
+
+def test_memory_is_the_weights_and_what_the_step_took_for_a_moment() -> None:
+    network, memory = nn.Linear(999, 1000), Memory(CPU)
+    if not memory.known:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    torch.ones(50_000_000).sum()
+    peak = memory.peak_mb(network)
+    assert peak is not None
+    assert weight_bytes(network) == 4_000_000
+    assert 200 <= peak < 260
+
+
+def test_precision_is_reduced_where_the_hardware_has_it() -> None:
+    assert choose_precision("bf16", CPU) == ("bf16", "as asked for")
+    precision, reason = choose_precision("auto", CPU)
+    assert (precision == "bf16") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert "processor" in reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch 0: at least 1"),
+        (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--picture", "step.txt"], "step.txt: a picture is a .png or .jpg file"),
+        (["--json", "."], ".: is a folder"),
+        (["--student", "hrnet_w33"], "'hrnet_w33' is not a model; did you mean 'hrnet_w32'?"),
+        (["--input", "60", "64"], "multiples of 16, not 60 x 64"),
+        (["--student", "tiny_w8_simcc"], "tiny_w8_simcc: the published step knows heatmaps alone"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TINY, *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([*TINY, "--device", "cuda"]) == 2
+    assert "--device cuda: PyTorch sees no GPU here" in capsys.readouterr().err
