@@ -15,7 +15,7 @@ def fold_norm(model: nn.Module) -> int:
     """Fold in place, and return how many were folded; the network must be in evaluation mode.
 
     A normalisation belongs to the convolution of as many channels that its parent registers right before it; so it is
-    in every network of the package, and a test looks at each. Those behind no convolution, as the first of a
+    in every network of the package, and a test looks at each class. Those behind no convolution, as the first of a
     pre-activation block, stay as they are. Afterwards the convolutions have a bias, and the folded normalisations
     neither weights nor statistics: save the network's weights before.
     """

@@ -15,10 +15,10 @@ from fpd_accel.errors import ConfigError, TrainingError
 from fpd_accel.fp8 import FLOAT8, Float8Linear, require_float8, to_float8, to_float8_linears
 from fpd_accel.teacher import Teacher
 
-BLOCKS = 3  # of twelve
+BLOCKS = 2  # of twelve
 
 
-def transformer(arch: str = "vitpose_s") -> nn.Module:
+def transformer(arch: str = "vitpose_s_simple") -> nn.Module:
     """Freshly initialised, but for a head that gives heatmaps of about 1 where the published one gives 0.001."""
     torch.manual_seed(0)
     model = create_model(arch, 17, input_size=(64, 64)).eval()
@@ -79,16 +79,15 @@ def test_a_layer_without_bias_has_none_in_float8_either() -> None:
     assert relative(layer(tokens), linear(tokens).detach()) < 0.06  # a rounding of 2.6 % on either side of the product
 
 
-@pytest.mark.parametrize("arch", ["vitpose_s", "vitpose_s_simple"])
-def test_a_float8_teacher_gives_the_heatmaps_of_the_exact_one_to_a_twentieth(arch: str) -> None:
-    model, batch = transformer(arch), random_batch()
+def test_a_float8_teacher_gives_the_heatmaps_of_the_exact_one_to_a_twentieth() -> None:
+    model, batch = transformer(), random_batch()
     names = model.state_dict().keys()
     exact = Teacher(copy.deepcopy(model))(batch.crops)[0]
     rounded = Teacher(copy.deepcopy(model), precision=torch.bfloat16)(batch.crops)[0]
     teacher = Teacher(model, precision=torch.bfloat16, fp8=True)
     found = teacher(batch.crops)[0]
-    # Root mean square, of their standard deviation: 0.023 with three blocks (0.042 with all twelve), and 0.007 for
-    # bfloat16 alone.
+    # Root mean square, of their standard deviation: 0.015 with two blocks and the simple head, 0.042 with twelve and the
+    # classic one; 0.004 and 0.007 for bfloat16 alone.
     assert relative(rounded, exact) < relative(found, exact) < 0.05
     assert found.dtype == torch.float32
     assert teacher.model.state_dict().keys() == names
@@ -106,7 +105,7 @@ def test_blocks_alone_are_in_float8_and_their_other_parts_are_not() -> None:
 
 
 def test_a_float8_network_is_captured_as_one_graph_with_the_same_result() -> None:
-    model, images = transformer("vitpose_s_simple"), torch.randn(1, 3, 64, 64)
+    model, images = transformer(), torch.randn(1, 3, 64, 64)
     to_float8_linears(model)
     with torch.inference_mode():
         assert torch.equal(torch.export.export(model, (images,)).module()(images)[0], model(images)[0])
