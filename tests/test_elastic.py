@@ -127,7 +127,9 @@ def test_checkpoints_hold_the_whole_network_whatever_the_sharding(name: str, run
         whole, other = (load_file(newest(runs / run) / f"{file}.safetensors") for run in ("one", name))
         assert {key: value.shape for key, value in whole.items()} == {k: v.shape for k, v in other.items()}, file
         for key, tensor in whole.items():
-            torch.testing.assert_close(other[key], tensor, rtol=1e-3, atol=2e-5)
+            # Where a gradient is 0 but for rounding, Adam steps by the sign of that: a bias that began at 0 differs by
+            # 0.3 % after eight steps. What lay in another place would differ by its whole size.
+            assert (other[key] - tensor).double().norm() <= 1e-2 * tensor.double().norm(), key
     models = [load_file(runs / run / "final" / "model.safetensors") for run in ("one", name)]
     assert models[0].keys() == models[1].keys()
 
