@@ -25,9 +25,20 @@ class Geometry:
     flip: bool = False
 
 
-def sample_generator(seed: int, epoch: int, person: int, *, source: int = 0) -> np.random.Generator:
-    """The random stream of one person of a dataset in one epoch: the same on every rank, worker and restart."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, source, person]))
+def sample_generator(seed: int, view: int, person: int, *, source: int = 0) -> np.random.Generator:
+    """The random stream of one view of a person of a dataset: the same on every rank, worker and restart.
+
+    Views are as many as there are epochs, one in each, or fewer (see :func:`view_in_epoch`).
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, view], counter=[0, 0, source, person]))
+
+
+def view_in_epoch(seed: int, epoch: int, person: int, *, source: int = 0, views: int) -> int:
+    """Which of a person's views an epoch shows: in ``views`` epochs each once, in an order of the person's own."""
+    cycle, turn = divmod(epoch, views)
+    # Apart from sample_generator's stream of the same person by the second word of the counter.
+    generator = np.random.Generator(np.random.Philox(key=[seed, cycle], counter=[0, 1, source, person]))
+    return int(generator.permutation(views)[turn])
 
 
 def draw_geometry(

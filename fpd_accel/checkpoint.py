@@ -12,7 +12,7 @@ there is one that does not verify, and the one before it is taken.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,21 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+def read_tensors(checkpoint: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of some files of a checkpoint, by name and memory-mapped, verified as this machine has them.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole here, or cannot be read.
+    """
+    read_state(checkpoint)
+    try:
+        return {name: load_file(checkpoint / f"{name}.safetensors") for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint}: cannot be resumed: {error}") from None
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
     """Put saved tensors back into an optimizer of the same model, sharded or not."""
-    saved = load_file(path)
     if not saved:  # plain SGD remembers nothing
         return
     options = StateDictOptions(full_state_dict=True)

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fpd_accel.bench.commands import add_commands
 from fpd_accel.errors import DataError, UserError
 from fpd_accel.log import fail, say
 
@@ -147,40 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     config.set_defaults(run=_import_config)
 
-    bench = commands.add_parser("bench", help="measure what the trainer costs on this machine")
-    whats = bench.add_subparsers(dest="what", required=True, metavar="what")
-    data = whats.add_parser("data", help="opening, memory, resuming and rates of a dataset, by its size")
-    data.add_argument(
-        "--people", type=int, nargs="+", metavar="N", help="sizes of the datasets to generate (default: 10000 1000000)"
-    )
-    data.add_argument("--data", nargs="+", metavar="SHARDS", help="your own instead, written by fpd-accel prepare")
-    data.add_argument("--cache", type=Path, metavar="DIR", help="keep what is generated there (default: nowhere)")
-    data.add_argument("--batch", type=int, default=32, help="people per batch (default: 32)")
-    data.add_argument("--batches", type=int, default=100, help="batches to measure rates over (default: 100)")
-    data.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
-    data.set_defaults(run=_bench_data)
-    step = whats.add_parser("step", help="a training step of ours beside the published one: rates, stages, roofline")
-    step.add_argument("--student", default="hrnet_w32", metavar="ARCH", help="(default: hrnet_w32)")
-    step.add_argument("--teacher", default="hrnet_w48", metavar="ARCH", help="(default: hrnet_w48)")
-    step.add_argument(
-        "--input", type=int, nargs=2, default=(256, 192), metavar=("HEIGHT", "WIDTH"), help="pixels (default: 256 192)"
-    )
-    step.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="people of a step (default: 4 8; on a GPU 24 to 512)"
-    )
-    step.add_argument("--rounds", type=int, default=5, help="of all variants (default: 5)")
-    step.add_argument("--steps", type=int, help="of each variant in a round (default: 1; on a GPU 20)")
-    step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    step.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of b and c (default: what is fast)"
-    )
-    step.add_argument("--variants", nargs="+", choices=("a", "a1", "b", "c"), default=("a", "a1", "b", "c"))
-    step.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="compile what a recipe can in c"
-    )
-    step.add_argument("--json", type=Path, metavar="FILE", help="the measurements to write, for programs")
-    step.add_argument("--picture", type=Path, metavar="FILE.png", help="bars of rates and stages to write")
-    step.set_defaults(run=_bench_step)
+    add_commands(commands.add_parser("bench", help="measure what the trainer costs on this machine"))
 
     chosen = parser.parse_args(arguments)
     try:
@@ -354,67 +321,6 @@ def _info(arguments: argparse.Namespace) -> None:
     from fpd_accel.report import show_model
 
     show_model(arguments.folder)
-
-
-def _bench_data(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
-    from fpd_accel.bench.crowd import draw_crowd
-    from fpd_accel.bench.data import bench_data, show_data
-    from fpd_accel.data.shards import Shards
-    from fpd_accel.files import prepare_file, write_whole
-
-    if arguments.data and (arguments.people or arguments.cache):
-        raise DataError("--data does not go with --people and --cache, which are for generated people; leave them out")
-    people = arguments.people or [10_000, 1_000_000]
-    for option, least in (("--people", min(people)), ("--batch", arguments.batch), ("--batches", arguments.batches)):
-        if least < 1:
-            raise DataError(f"{option} {least}: at least 1")
-    if arguments.json is not None:
-        prepare_file(arguments.json)
-    with TemporaryDirectory(prefix="fpd-bench-") as temporary:
-        folder = arguments.cache or Path(temporary)
-        datasets = [Shards(path) for path in arguments.data or ()] or [draw_crowd(folder, number) for number in people]
-        report = bench_data(datasets, batch=arguments.batch, batches=arguments.batches)
-    show_data(report)
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
-
-
-def _bench_step(arguments: argparse.Namespace) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, else, prints that it starts and stops
-    from fpd_accel.bench.step import StepBench, bench_step
-    from fpd_accel.bench.step_report import draw_step, show_step
-    from fpd_accel.files import prepare_file, write_whole
-    from fpd_accel.visualize import save_picture
-
-    batches, steps = tuple(arguments.batch or ()), arguments.steps
-    counts = (("--batch", min(batches, default=1)), ("--rounds", arguments.rounds), ("--steps", steps))
-    for option, given in counts:
-        if given is not None and given < 1:
-            raise DataError(f"{option} {given}: at least 1")
-    if arguments.picture is not None and arguments.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise DataError(f"{arguments.picture}: a picture is a .png or .jpg file")
-    for path in filter(None, (arguments.json, arguments.picture)):
-        prepare_file(path)
-    bench = StepBench(
-        student=arguments.student,
-        teacher=arguments.teacher,
-        input_size=tuple(arguments.input),
-        batches=batches or None,
-        rounds=arguments.rounds,
-        steps=steps,
-        device=arguments.device,
-        precision=arguments.precision,
-        variants=tuple(dict.fromkeys(arguments.variants)),
-        compile=arguments.compile,
-    )
-    report = bench_step(bench)
-    show_step(report)
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(report, indent=2) + "\n")
-    if arguments.picture is not None:
-        save_picture(arguments.picture, draw_step(report))
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:

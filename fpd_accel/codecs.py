@@ -16,11 +16,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
+from torch.nn import functional as F
 
 from fpd_accel.config import Codec
 from fpd_accel.errors import UserError
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, SimCC
 
+LOWEST = math.exp(-4.5) * (1 - 1e-6)  # of a Gaussian of peak 1 within 3 sigma, but for rounding
 HeatmapKind = Literal["heatmap", "dark", "udp"]
 Weights = Float32[Tensor, "batch joint"]
 
@@ -69,11 +71,11 @@ class HeatmapCodec:
         column, row = _nearest(exact_x), _nearest(exact_y)
         inside = self._touches(column, width) & self._touches(row, height)
         weight = torch.where(inside, weight, 0.0)
-        if self.kind != "heatmap":
-            column, row = exact_x, exact_y
+        centers = torch.stack((column, row) if self.kind == "heatmap" else (exact_x, exact_y), dim=-1)
         # exp(-(dx² + dy²)) = exp(-dx²) exp(-dy²): two profiles and one outer product instead of an exp per cell.
-        profile_x, profile_y = self._profile(column, width), self._profile(row, height)
-        profile_y = torch.where((weight > 0.5)[..., None], profile_y, 0.0)
+        profiles = self._profiles(torch.where(inside[..., None], centers, 0.0))  # which may not be a number elsewhere
+        profile_x = profiles[:, :, 0, :width]
+        profile_y = profiles[:, :, 1, :height] * (weight > 0.5).to(torch.float32)[..., None]
         return profile_y[..., :, None] * profile_x[..., None, :], weight
 
     def _cells(self, coordinate: Float[Tensor, "batch joint"], axis: int) -> Float[Tensor, "batch joint"]:
@@ -90,12 +92,16 @@ class HeatmapCodec:
         """
         return (center - 3 * self.sigma < cells) & (center + 3 * self.sigma + 1 >= 0)
 
-    def _profile(self, center: Float[Tensor, "batch joint"], cells: int) -> Float32[Tensor, "batch joint cell"]:
-        """The one-dimensional Gaussian of peak 1 around each centre, cut at 3 sigma."""
-        cell = torch.arange(cells, device=center.device, dtype=center.dtype)
-        offset = cell - center[..., None]
-        profile = torch.exp(-offset.square() / (2 * self.sigma**2))
-        return torch.where(offset.abs() <= 3 * self.sigma, profile, 0.0).to(torch.float32)
+    def _profiles(self, centers: Float[Tensor, "batch joint 2"]) -> Float32[Tensor, "batch joint 2 cell"]:
+        """One-dimensional Gaussians of peak 1 around each centre, cut at 3 sigma, along x and y in one go.
+
+        Both have as many cells as the longer axis: two calls for the exact number would take longer. The exponent is
+        cut before the exponential, which is six times as slow where its result vanishes, and what is less than the
+        value at 3 sigma after it.
+        """
+        cell = torch.arange(max(self.heatmap_size), device=centers.device, dtype=centers.dtype)
+        exponent = (cell - centers[..., None]).square() / (-2 * self.sigma**2)
+        return F.threshold(exponent.clamp(min=-5.0).exp(), LOWEST, 0.0).to(torch.float32)
 
 
 @dataclass(frozen=True)

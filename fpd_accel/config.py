@@ -27,6 +27,8 @@ ARCHITECTURES = (
 HOURGLASS = re.compile(r"hourglass_([1-9]\d*)x([1-9]\d*)")
 SIMCC_SUFFIX = "_simcc"  # after any of them: the same network under a SimCC head
 
+Compile = Literal["none", "units", "whole"]  # nothing, the repeated blocks of a network, or all of it as one graph
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -63,6 +65,7 @@ class Augment(Section):
     half_body: Fraction = 0.3  # probability of framing the upper or the lower body alone
     half_body_minimum: Positive = 8  # only people with more visible keypoints than this
     upper_body: Fraction = 0.6915  # P(N(0, 1) < 0.5), what the published code's normal draw amounts to
+    views: Positive | None = None  # geometries that are drawn for each person, once for all; None: one per epoch
 
 
 class Synthetic(Section):
@@ -125,6 +128,8 @@ class Data(Section):
     input_size: tuple[Positive, Positive] = (256, 192)  # (height, width) of a crop, pixels
     box_padding: Annotated[float, Field(ge=1)] = 1.25  # factor on the person's box
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
+    group_by_image: bool = False  # shuffle images, not people: each is decoded once per micro-batch, whose people are
+    # then less mixed (COCO: 12 images in a batch of 32); for where cores are short
     augment: Augment = Augment()
 
     @property
@@ -149,6 +154,19 @@ class Student(Section):
     color: Literal["rgb", "bgr"] = "rgb"  # channel order that it takes
 
 
+class TeacherCache(Section):
+    """Keep what the teacher says of all ``data.augment.views`` of each person on disk, and read it in training.
+
+    For a teacher much larger than its student, and runs of many more epochs than views, as several runs of one teacher
+    are. What is learnt differs from the same views without a cache by the rounding of ``dtype`` alone.
+    """
+
+    dtype: Literal["bf16", "uint8"] = (
+        "bf16"  # 2 bytes per cell, to 1/256 of its value; or 1, to 1/510 of the map's range
+    )
+    folder: str | None = None  # on a disk that all machines share; None: <run.root>/teacher_cache
+
+
 class TeacherModel(Section):
     weights: str | None = None  # model folder, or .safetensors / .pth together with `arch`
     arch: str | None = None  # only for a bare weights file; a model folder knows its own
@@ -156,8 +174,11 @@ class TeacherModel(Section):
     codec: Codec = Codec()  # likewise: how it was trained to say where a keypoint is
     recipe: str | None = None  # trained first, with distill.mode=normal, when the weights do not exist yet
     overrides: tuple[str, ...] = ()  # of that recipe: "key.path=value"
-    compile: bool = False  # torch.compile; pays off on a GPU
+    compile: Compile = "none"  # torch.compile; of the training steps alone
     shard: bool = False  # over the ranks, gathered block by block: for a teacher too large for one device
+    fold_norm: bool = True  # normalisations folded into the convolutions before them; the same outputs to rounding
+    fp8: bool = False  # ViTPose: linear layers in float8, within some 5 % of its heatmaps; never measured on a GPU
+    cache: TeacherCache | None = None  # ask it once per view of a person, before training; None: in every step
 
 
 class Distill(Section):
@@ -183,6 +204,8 @@ class Train(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None  # per step; None: no moving average of the weights
     freeze_norm: bool = False  # keep the running statistics of normalisation layers, and use them
     channels_last: bool = True  # memory format of images and convolutions
+    compile: Compile = "none"  # torch.compile; whole: student, targets and losses are one graph, units: losses another
+    cuda_graphs: bool = False  # whole: replay a step's kernels as one launch; one process on a GPU, for small batches
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"  # student copied to each rank, or sharded; auto: as launched
     sync_norm: bool = False  # batch normalisation over the people of all ranks; GPUs alone, each layer waits
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0  # without progress, after which a process ends with a message
@@ -346,8 +369,10 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 # done their part. How a global batch is spread over devices matters to batch normalisation alone, and is said there.
 FREE_ON_RESUME = (
     "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "data.unlabelled.boxes", "student.weights", "student.init", "teacher", "train.steps", "train.epochs",
-    "train.device_batch", "train.parallel", "train.timeout_minutes", "evaluate", "log", "checkpoint",
+    "data.unlabelled.boxes", "student.weights", "student.init", "teacher.weights", "teacher.arch", "teacher.color",
+    "teacher.codec", "teacher.recipe", "teacher.overrides", "teacher.compile", "teacher.shard", "teacher.fold_norm",
+    "teacher.cache", "train.steps", "train.epochs", "train.device_batch", "train.parallel", "train.timeout_minutes",
+    "train.compile", "train.cuda_graphs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -486,6 +511,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append(
             f"train.device_batch: {train.device_batch} does not divide train.global_batch ({train.global_batch})"
         )
+    if train.cuda_graphs and train.compile != "whole":
+        mistakes.append(f"train.cuda_graphs: goes with train.compile=whole, not {train.compile}")
     if recipe.student.init is not None and recipe.student.arch.startswith(("hourglass", "tiny")):
         mistakes.append(f"student.init: no backbone of {recipe.student.arch} is published apart; use student.weights")
     mistakes += _train_contradictions(recipe.data)
@@ -494,6 +521,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if recipe.data.streaming and recipe.data.unlabelled is not None and recipe.data.unlabelled.boxes is not None:
         mistakes.append(
             "data.streaming: boxes need their images at hand; leave out data.unlabelled.boxes, or streaming"
+        )
+    if teacher.cache is not None and recipe.data.augment.views is None:
+        mistakes.append(
+            "teacher.cache: keeps so many views of each person as there are, but data.augment.views is not set; set "
+            "it (to 4, say), or leave out the cache"
+        )
+    if teacher.cache is not None and recipe.data.streaming:
+        mistakes.append(
+            "teacher.cache: is built from images at hand; leave out data.streaming, or the cache with its views"
         )
     if any(side % 4 for side in recipe.data.input_size):
         mistakes.append(f"data.input_size: {list(recipe.data.input_size)}: both sides have to be multiples of 4")
@@ -511,6 +547,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append("distill.mode: 'fpd' needs a teacher; set teacher.weights, or use distill.mode=normal")
     if teacher.recipe is not None and teacher.weights is not None:
         mistakes.append("teacher.weights, teacher.recipe: give one; the recipe's own run says where its weights go")
+    if teacher.fp8 and train.precision != "bf16":
+        mistakes.append("teacher.fp8: such layers give bfloat16; set train.precision=bf16, or leave it out")
+    if teacher.fp8 and teacher.shard:
+        mistakes.append("teacher.fp8, teacher.shard: give one; layers in float8 are not sharded")
     if 1.0 not in recipe.evaluate.scales or len(set(recipe.evaluate.scales)) < len(recipe.evaluate.scales):
         mistakes.append(f"evaluate.scales: {list(recipe.evaluate.scales)}: 1.0 has to be among them, and each once")
     if recipe.evaluate.boxes is not None and recipe.data.valid is None:

@@ -7,16 +7,30 @@ labels' visibility, as the published code does it. What it left open is in ``dis
 the teacher's term counts (so that people without labels can be learnt from, section 3.3), and how outputs are compared.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from fpd_accel.codecs import HeatmapCodec, PoseCodec, SimCCCodec
+from fpd_accel.compilation import compile_options
 from fpd_accel.config import Distill
 from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.lessons import unpack
 from fpd_accel.decode import peak_scores
 from fpd_accel.losses import Losses, heatmap_kl, heatmap_mse, heatmap_ohkm, marginals, simcc_kl
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.teacher import Teacher
+
+
+class Terms(NamedTuple):
+    """The objective before its terms are weighed against each other."""
+
+    pose: Tensor
+    kd: Tensor
+    kd_unlabelled: Tensor
+    predicted: Output
+    target: Output
 
 
 class Distiller(nn.Module):
@@ -56,26 +70,59 @@ class Distiller(nn.Module):
         self.codec, self.alpha, self.mask = codec, alpha, mask
         self.normalization = normalization or Normalization()
         self.options, self.teacher_codec = options or Distill(), teacher_codec or codec
+        self._cuda_graphs = False
 
     def forward(self, batch: Batch) -> Losses:
-        return self.compare(self.student(self.normalization(batch.crops)), batch)
+        if self._cuda_graphs:  # what the graphs gave for the batch before may be written over
+            torch.compiler.cudagraph_mark_step_begin()
+        lessons = self._lessons(batch)
+        return self._weighed(self._terms(batch, lessons), lessons)
 
     def compare(self, stages: tuple[Output, ...], batch: Batch) -> Losses:
         """The objective for stage outputs that the student gave for this batch."""
+        lessons = self._lessons(batch)
+        return self._weighed(self._compared(stages, batch, lessons), lessons)
+
+    def compile(self, *, student: bool = True, cuda_graphs: bool = False) -> None:
+        """Make one graph of normalisation, student, targets and losses; without ``student``, of all but the student.
+
+        A student wrapped for data parallelism is cut into the graphs that its communication asks for. ``forward`` alone
+        runs the graph; batches have one size. ``cuda_graphs`` replays all its kernels as one launch.
+        """
+        options, self._cuda_graphs = compile_options(cuda_graphs=cuda_graphs), cuda_graphs
+        if student:
+            self._terms = torch.compile(self._terms, **options)  # type: ignore[method-assign]
+        else:
+            self._compared = torch.compile(self._compared, **options)  # type: ignore[method-assign]
+
+    def _terms(self, batch: Batch, lessons: tuple[Output, ...] | None) -> Terms:
+        return self._compared(self.student(self.normalization(batch.crops)), batch, lessons)
+
+    def _compared(self, stages: tuple[Output, ...], batch: Batch, lessons: tuple[Output, ...] | None) -> Terms:
+        """Both terms without their weights, which a schedule may change: a graph would have to be compiled for each."""
         target, weight = self.codec.encode(batch.keypoints, batch.visible)
         pose = torch.stack([self._to_labels(stage, target, weight) for stage in stages]).sum()
-        predicted, nothing = each(stages[-1], Tensor.detach), torch.zeros_like(pose)
-        if self.teacher is None:
-            return Losses(pose, pose.detach(), nothing, nothing, predicted, target, None)
-        lessons = self.teacher(batch.crops)
-        counted = self._counted(lessons[-1], weight)
-        kd = self._to_teacher(stages, lessons, counted)
+        kd = kd_unlabelled = torch.zeros_like(pose)
+        if lessons is not None:
+            counted = self._counted(lessons[-1], weight)
+            kd = self._to_teacher(stages, lessons, counted)
+            if batch.labelled is not None:
+                with torch.no_grad():
+                    kd_unlabelled = self._to_teacher(stages, lessons, counted * (1 - batch.labelled)[:, None])
+        return Terms(pose, kd, kd_unlabelled, each(stages[-1], Tensor.detach), target)
+
+    def _weighed(self, terms: Terms, lessons: tuple[Output, ...] | None) -> Losses:
+        pose, kd, kd_unlabelled, predicted, target = terms
+        if lessons is None:
+            return Losses(pose, pose.detach(), kd, kd_unlabelled, predicted, target, None)
         total = (1 - self.alpha) * pose + self.alpha * kd
-        kd, kd_unlabelled = kd.detach(), nothing
-        if batch.labelled is not None:
-            with torch.no_grad():
-                kd_unlabelled = self._to_teacher(stages, lessons, counted * (1 - batch.labelled)[:, None])
-        return Losses(total, pose.detach(), kd, kd_unlabelled, predicted, target, lessons[-1])
+        return Losses(total, pose.detach(), kd.detach(), kd_unlabelled, predicted, target, lessons[-1])
+
+    def _lessons(self, batch: Batch) -> tuple[Output, ...] | None:
+        """What the teacher says of these crops: as its cache has it, where the loader read that, or asked now."""
+        if batch.lessons is not None:
+            return unpack(batch.lessons, batch.scales)
+        return self.teacher(batch.crops) if self.teacher is not None else None
 
     def _to_labels(self, stage: Output, target: Output, weight: Tensor) -> Tensor:
         if isinstance(stage, SimCC):

@@ -12,6 +12,7 @@ class UserError(ValueError):
     """Something outside the program is wrong. The message names the path, what is wrong with it and what to do."""
 
     local = False  # True: only this process met it, so that it has to say so itself, whatever its rank
+    agreed = False  # True: every process raises it, so that the first alone has to say it
 
 
 class ConfigError(UserError):
@@ -38,7 +39,17 @@ class TrainingError(UserError):
     """Training cannot go on: the loss is no longer finite, or the processes are not what the launcher promised."""
 
 
+class BenchError(UserError):
+    """A measurement would be worthless: what is compared does not compute the same."""
+
+
 def local(error: UserError) -> UserError:
     """The error, as one that only this process has met."""
     error.local = True
+    return error
+
+
+def agreed(error: UserError) -> UserError:
+    """The error, as one that every process raises at the same place."""
+    error.agreed = True
     return error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
 from fpd_accel.checkpoint import CheckpointWriter, checkpoints, continue_from
@@ -15,7 +14,7 @@ from fpd_accel.config import Recipe
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import CheckpointError, DataError, TrainingError, UserError, local
-from fpd_accel.processes import Consensus, on_first_rank
+from fpd_accel.processes import Consensus, explaining_silence, on_first_rank
 from fpd_accel.stop import StopRequest, stop_watching_children
 from fpd_accel.watchdog import Watchdog
 
@@ -30,7 +29,12 @@ class Guard:
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, *, shards: Sequence[Shards | Mixture], stop: StopRequest | None
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        *,
+        shards: Sequence[Shards | Mixture],
+        stop: StopRequest | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.shards = recipe, accelerator, shards
         self.stop = stop or StopRequest()
@@ -42,17 +46,22 @@ class Guard:
         self._saved_at, self._asked_to_save = time.monotonic(), False
 
     @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While the block runs no process waits for ever, and errors that one process alone can know say so."""
+        with self.watchdog, self.explaining():
+            yield
+
+    @contextmanager
     def watching(self, *, step: int) -> Iterator[None]:
-        """While the block runs, from this step on, errors that one process alone can know say so."""
+        """While the block trains, from this step on, ranks may :meth:`ask` one another."""
         with ExitStack() as stack:
-            stack.enter_context(self.watchdog)
+            stack.enter_context(self.awake())
             self._consensus = Consensus(
                 ("stop", "save", "problem"),
                 ranks=self.accelerator.num_processes,
                 minutes=self.recipe.train.timeout_minutes,
             )
             stack.callback(self.writer.close)
-            stack.enter_context(self.explaining())
             if self.accelerator.is_main_process:
                 continue_from(self.writer.directory, step)
             yield
@@ -138,24 +147,21 @@ class Guard:
 
         That a loader process has died is told by a signal, so that the error may come from any line of the block.
         """
-        try:
-            yield
-        except DataError as error:  # from a loader process it comes with that one's traceback
-            raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
-        except RuntimeError as error:
-            said = " ".join(str(error).split())
-            if "DataLoader worker" in said:
-                raise self._loader_ended(said) from None
-            if self.accelerator.num_processes > 1 and (isinstance(error, dist.DistError) or "onnection " in said):
-                raise local(
-                    TrainingError(
-                        f"{self.recipe.run.directory}: another process is gone ({said}); its own message says why; "
-                        f"{self._intact()}, and the same command goes on"
-                    )
-                ) from None
-            raise
-        except (ConnectionError, EOFError) as error:  # of a loader process that died in the middle of a batch
-            raise self._loader_ended(type(error).__name__) from None
+        with explaining_silence(self.accelerator, str(self.recipe.run.directory), intact=self._intact):
+            try:
+                yield
+            except DataError as error:
+                if error.agreed:
+                    raise
+                # from a loader process it comes with that one's traceback
+                raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
+            except RuntimeError as error:
+                said = " ".join(str(error).split())
+                if "DataLoader worker" in said:
+                    raise self._loader_ended(said) from None
+                raise
+            except (ConnectionError, EOFError) as error:  # of a loader process that died in the middle of a batch
+                raise self._loader_ended(type(error).__name__) from None
 
     def _loader_ended(self, said: str) -> UserError:
         stop_watching_children()  # others may follow

@@ -28,6 +28,7 @@ console = Console(stderr=True, highlight=False)
 results = Console(
     highlight=False, width=None if sys.stdout.isatty() else 140
 )  # tables: what a person may want to redirect into a file
+WAITING = 0.4  # of the time, from which on a person is told that the loader is too slow
 LINE_SECONDS = 10.0  # between lines of progress where there is no terminal to draw a bar in
 
 
@@ -63,6 +64,22 @@ def track(items: Iterable[Item], description: str, total: int | None = None) -> 
     """Iterate with a progress bar on rank 0, and without one where there is no terminal."""
     shown = is_main_process() and console.is_terminal
     return iter(rich_track(items, description, total=total, console=console, disable=not shown, transient=True))
+
+
+def sufficient_workers(data_time: float, step_time: float, *, workers: int) -> int:
+    """Loader processes per rank that would keep up with the device, by the seconds of a step in which both were timed.
+
+    With workers the loader is at work in all of a step that waits for it, ``data_time + step_time``, and so it has to
+    be that many times ``step_time`` faster. Without any it is at work in ``data_time`` alone. What one process more
+    brings is taken to be as much as each of the others brings: true while each has a core.
+    """
+    busy = workers * (data_time + step_time) if workers else data_time
+    return max(1, math.ceil(busy / max(step_time, 1e-9)))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class MetricsFile:
@@ -130,8 +147,9 @@ class StepMeter:
 class RunLog(AbstractContextManager["RunLog"]):
     """Progress bar, ``metrics.jsonl`` and TensorBoard of one run; silent on every rank but the first."""
 
-    def __init__(self, directory: Path, *, total_steps: int, step: int, tensorboard: bool) -> None:
-        self.main, self.total_steps = is_main_process(), total_steps
+    def __init__(self, directory: Path, *, total_steps: int, step: int, tensorboard: bool, workers: int) -> None:
+        """``workers``: loader processes per rank, for advice alone."""
+        self.main, self.total_steps, self.workers = is_main_process(), total_steps, workers
         self._metrics = MetricsFile(directory / "metrics.jsonl", resume_step=step) if self.main else None
         self._board: Any = None
         self._hook = threading.excepthook
@@ -148,7 +166,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._task: TaskID | None = None
         self._last_line = time.monotonic()
         self._rates: deque[tuple[float, int]] = deque(maxlen=20)
-        self._warned = False
+        self._steps, self._warned = 0, False
         if self.main and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self._bar = Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console, transient=True)
@@ -187,19 +205,37 @@ class RunLog(AbstractContextManager["RunLog"]):
         step = records[-1]["step"]
         self._scalars(mean, step)
         seconds = mean["data_time"] + mean["step_time"]
-        waiting = mean["data_time"] / seconds
         text = (
             f"epoch {mean['epoch']:.2f} · {records[-1]['samples'] / seconds:.0f} samples/s · "
-            f"data {100 * waiting:.0f} % · loss {mean['train_loss']:.2e} pose {mean['train_pose_loss']:.2e} "
-            f"kd {mean['train_kd_pose_loss']:.2e} · acc {mean['train_acc']:.3f}"
+            f"data {100 * mean['data_time'] / seconds:.0f} % · loss {mean['train_loss']:.2e} "
+            f"pose {mean['train_pose_loss']:.2e} kd {mean['train_kd_pose_loss']:.2e} · acc {mean['train_acc']:.3f}"
         )
         self._show(text, step, seconds)
-        if waiting > 0.4 and len(records) >= 5 and not self._warned:
-            self._warned = True
-            warn(
-                f"{100 * waiting:.0f} % of the time goes into waiting for data: the loader, not the device, is the "
-                "bottleneck; raise data.workers if there are free cores"
-            )
+        self._advise(records if self._steps else records[1:])  # the first step waits for everything to start
+        self._steps += len(records)
+
+    def _advise(self, records: Sequence[dict[str, Any]]) -> None:
+        """Say once that the loader is too slow, and how many workers would not be."""
+        if self._warned or len(records) < 5:
+            return
+        data, step = (sum(record[name] for record in records) / len(records) for name in ("data_time", "step_time"))
+        waiting = data / (data + step)
+        if waiting <= WAITING:
+            return
+        self._warned = True
+        people, ranks = records[-1]["samples"], int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed, cores = sufficient_workers(data, step, workers=self.workers), available_cores()
+        short = (
+            ""
+            if ranks * needed <= cores
+            else ", which is too few: let data.workers be about the cores of each rank, and expect to wait still"
+        )
+        warn(
+            f"{100 * waiting:.0f} % of the time goes into waiting for data: the loader, not the device, is the "
+            f"bottleneck; it gives {people / (data + step):.0f} samples/s with data.workers={self.workers}, the device "
+            f"could take {people / step:.0f}: data.workers={needed} would suffice; this machine has {cores} cores for "
+            f"{ranks} rank{'s' * (ranks != 1)}{short}"
+        )
 
     def evaluation(
         self, metrics: dict[str, float], step: int, *, protocol: dict[str, Any], prefix: str = "valid"

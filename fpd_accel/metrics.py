@@ -1,4 +1,4 @@
-"""Measures of poses: object keypoint similarity, non-maximum suppression, PCK, and COCO's average precision.
+"""Measures of poses: PCK and COCO's average precision; with those of ``similarity.py`` under one roof.
 
 NumPy only, but for :func:`heatmap_pck`. Keypoints are (x, y), with or without a score; lengths are in pixels, areas in
 square pixels.
@@ -14,9 +14,13 @@ import numpy as np
 from jaxtyping import Float, Int, Real, Shaped
 
 from fpd_accel.errors import DataError
+from fpd_accel.similarity import Sigmas, oks, oks_nms, oks_nms_by_image, soft_oks_nms, soft_oks_nms_by_image
 from fpd_accel.skeleton import COCO, MPII
 
-Sigmas = Sequence[float] | Float[np.ndarray, " joint"]
+__all__ = [
+    "AP_NAMES", "MPII_GROUPS", "MPII_THRESHOLDS", "PCK", "average_precision", "heatmap_pck", "mpii_scores", "oks",
+    "oks_nms", "oks_nms_by_image", "pck", "pckh", "rescore", "soft_oks_nms", "soft_oks_nms_by_image",
+]  # fmt: skip
 MPII_GROUPS = {"Head": ("head_top",)} | {
     name: (f"left_{name.lower()}", f"right_{name.lower()}")
     for name in ("Shoulder", "Elbow", "Wrist", "Hip", "Knee", "Ankle")
@@ -32,78 +36,6 @@ class PCK:
     per_joint: Float[np.ndarray, " joint"]  # not-a-number for a joint that no person shows
     mean: float  # over joints, weighted by how often each is counted; not-a-number if none is
     counted: Int[np.ndarray, " joint"]  # people who show the joint
-
-
-def oks(
-    keypoints: Real[np.ndarray, "person joint _"],
-    others: Real[np.ndarray, "other joint _"],
-    areas: Real[np.ndarray, " person"],
-    other_areas: Real[np.ndarray, " other"],
-    sigmas: Sigmas = COCO.sigmas,
-) -> Float[np.ndarray, "person other"]:
-    """Object keypoint similarity of every pose with every other, 0 to 1; the scale is the mean of the two areas.
-
-    The measure of cocodataset.org/#keypoints-eval, over all joints whatever their scores.
-
-    Raises:
-        ValueError: there is not one sigma per joint.
-    """
-    joints = keypoints.shape[1]
-    if len(sigmas) != joints:
-        raise ValueError(f"{len(sigmas)} sigmas for {joints} joints")
-    offset = keypoints[:, None, :, :2].astype(np.float64) - others[None, :, :, :2]
-    variance = np.square(2 * np.asarray(sigmas, dtype=np.float64))
-    area = (areas[:, None].astype(np.float64) + other_areas[None]) / 2 + np.spacing(1.0)
-    exponent = np.square(offset).sum(axis=-1) / variance / area[..., None] / 2
-    return np.exp(-exponent).mean(axis=-1)
-
-
-def oks_nms(
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
-    threshold: float,
-    sigmas: Sigmas = COCO.sigmas,
-) -> Int[np.ndarray, " kept"]:
-    """Indices of the poses of one image to keep, best score first.
-
-    Greedy: a pose is dropped if its similarity to a better one that is kept exceeds ``threshold`` (Papandreou et al.,
-    CVPR 2017). Of equal scores the first wins.
-    """
-    remaining = np.argsort(-scores, kind="stable")
-    kept: list[int] = []
-    while remaining.size:
-        best, remaining = remaining[0], remaining[1:]
-        kept.append(int(best))
-        overlap = oks(keypoints[[best]], keypoints[remaining], areas[[best]], areas[remaining], sigmas)[0]
-        remaining = remaining[overlap <= threshold]
-    return np.asarray(kept, dtype=np.int64)
-
-
-def soft_oks_nms(
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
-    threshold: float,
-    sigmas: Sigmas = COCO.sigmas,
-    *,
-    limit: int = 20,
-) -> Int[np.ndarray, " kept"]:
-    """Indices of at most ``limit`` poses of one image, in the order of their decayed scores.
-
-    Each pose taken multiplies the scores of those left by ``exp(-oks² / threshold)`` (Bodla et al., Soft-NMS, ICCV
-    2017, with similarity in place of overlap). Of equal scores the first wins.
-    """
-    decayed = scores.astype(np.float64)
-    remaining = np.arange(len(scores))
-    kept: list[int] = []
-    while remaining.size and len(kept) < limit:
-        place = int(np.argmax(decayed[remaining]))
-        best, remaining = remaining[place], np.delete(remaining, place)
-        kept.append(int(best))
-        overlap = oks(keypoints[[best]], keypoints[remaining], areas[[best]], areas[remaining], sigmas)[0]
-        decayed[remaining] *= np.exp(-np.square(overlap) / threshold)
-    return np.asarray(kept, dtype=np.int64)
 
 
 def rescore(

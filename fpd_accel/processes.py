@@ -2,7 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -19,8 +20,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from fpd_accel import errors
-from fpd_accel.errors import DataError, TrainingError, UserError
+from fpd_accel.errors import DataError, TrainingError, UserError, agreed, local
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 Parallel = Literal["auto", "ddp", "fsdp2"]
 PATIENCE = 5  # times the timeout, that collective operations wait: the watchdog speaks first, and more clearly
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun, Open MPI, MPICH
+SIGNS_OF_SILENCE = ("onnection ", "Timed out waiting", "Application timeout")  # gloo's words for a process it lost
 
 
 def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_minutes: float = 30.0) -> Accelerator:
@@ -136,8 +137,31 @@ def on_first_rank(accelerator: Accelerator, function: Callable[[], Result]) -> R
     result, problem = answer
     if problem is not None:
         kind, message = problem
-        raise kind(message)
+        raise agreed(kind(message))
     return result
+
+
+@contextmanager
+def explaining_silence(accelerator: Accelerator, where: str, *, intact: Callable[[], str] = str) -> Iterator[None]:
+    """Whatever waits for a process that is gone, or says nothing for too long, gets an error: it becomes a message.
+
+    Args:
+        where: what the message begins with.
+        intact: says what there is to go on from.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        lost = isinstance(error, dist.DistError) or any(sign in said for sign in SIGNS_OF_SILENCE)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise local(
+            TrainingError(
+                f"{where}: another process is gone, or hangs ({said}); its own message says why; "
+                f"{', and '.join(filter(None, (intact(), 'the same command goes on')))}"
+            )
+        ) from None
 
 
 def leave() -> None:
@@ -149,29 +173,41 @@ def leave() -> None:
 def on_every_rank(accelerator: Accelerator, function: Callable[[], Result], *, same: Callable[[Result], Any]) -> Result:
     """What a function gives on each rank, if it goes well on all of them and is the same by ``same``.
 
-    For what each process opens itself. The :class:`UserError` of the first that has one is raised on all.
+    For what each process opens itself. The :class:`UserError` of the first that has one is raised on all; what else
+    goes wrong is raised where it did.
 
     Raises:
         DataError: the ranks have opened different things.
+        TrainingError: something unforeseen went wrong on another rank.
     """
     if accelerator.num_processes == 1:
         return function()
-    result, mine = None, ("", "", "")
+    here = f"rank {accelerator.process_index} on {socket.gethostname()}"
+    result: Result | None = None
+    found, problem, unforeseen = "", None, None
     try:
         result = function()
-        mine = ("", "", repr(same(result)))
+        found = repr(same(result))
     except UserError as error:
-        mine = (type(error).__name__, str(error), "")
+        problem = type(error), str(error) if accelerator.is_main_process else f"{here}: {error}"
+    except Exception as error:  # nobody may be left waiting, whatever it is
+        problem, unforeseen = (TrainingError, f"{here} failed: {type(error).__name__}: {error}"), error
     answers: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(answers, (socket.gethostname(), *mine))
-    for rank, (machine, kind, message, _) in enumerate(answers):
-        if kind:
-            raise getattr(errors, kind)(message if rank == 0 else f"rank {rank} on {machine}: {message}")
-    for rank, (machine, _, _, found) in enumerate(answers):
-        if found != answers[0][-1]:
-            raise DataError(
-                f"rank {rank} on {machine} has opened other data or weights than rank 0 on {answers[0][0]}: {found}, "
-                f"not {answers[0][-1]}; all machines need the same files"
+    dist.all_gather_object(answers, (here, found, problem))
+    if unforeseen is not None:
+        raise unforeseen
+    for _, _, problem in answers:
+        if problem is not None:
+            kind, message = problem
+            raise agreed(kind(message))
+    first, expected, _ = answers[0]
+    for where, opened, _ in answers:
+        if opened != expected:
+            raise agreed(
+                DataError(
+                    f"{where} has opened other data or weights than {first}: {opened}, not {expected}; all machines "
+                    "need the same files"
+                )
             )
     assert result is not None
     return result

@@ -24,6 +24,7 @@ from fpd_accel.model_folder import ModelConfig, read_model_config
 from fpd_accel.outputs import BINS_PER_PIXEL
 
 LISTED = 20  # missing, misshapen or left-over tensors that are listed by name, of each
+STUDENT_PASSES = 3  # forwards that a step of the student costs: its backward pass is about two
 COLUMNS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR")
 
 
@@ -171,6 +172,15 @@ def describe_model(name: str, config: ModelConfig) -> str:
     """One line: what a network is and what it costs."""
     parameters, macs = model_cost(config)
     return f"{name}: {config.arch}, {parameters / 1e6:.3f} M parameters, {macs / 1e9:.3f} G multiply-adds per person"
+
+
+def describe_teacher_share(teacher: ModelConfig, student: ModelConfig) -> str:
+    """What of a training step is the teacher's, by multiply-adds; a slow loader leaves less of the time to it."""
+    of_teacher, of_student = model_cost(teacher)[1], STUDENT_PASSES * model_cost(student)[1]
+    return (
+        f"the teacher is {of_teacher / (of_teacher + of_student):.0%} of a step's multiply-adds "
+        f"({of_teacher / 1e9:.3f} G per person; forward and backward of the student {of_student / 1e9:.3f} G)"
+    )
 
 
 def protocol(shards: Shards, options: Evaluate) -> dict[str, Any]:

@@ -14,26 +14,32 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fpd_accel.compilation import eagerly
 from fpd_accel.config import Evaluate, Recipe, teacher_recipe, teacher_weights
 from fpd_accel.convert import load_backbone
 from fpd_accel.data.batch import Normalization
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
 from fpd_accel.data.window import open_training
 from fpd_accel.errors import CheckpointError, ConfigError, TrainingError, local
 from fpd_accel.evaluation import evaluate, open_detections, with_boxes
+from fpd_accel.fp8 import float8_layers, require_float8
+from fpd_accel.guard import Guard
 from fpd_accel.log import say, warn
 from fpd_accel.model_folder import ModelConfig, load_model, read_model_config, save_model
 from fpd_accel.models import PoseModel, create_model
 from fpd_accel.models.simcc import SimCCModel
-from fpd_accel.processes import create_accelerator, is_sharded, on_every_rank, on_first_rank
+from fpd_accel.processes import create_accelerator, explaining_silence, is_sharded, on_every_rank, on_first_rank
 from fpd_accel.report import Score, describe_model, describe_protocol, show_scores
 from fpd_accel.run_directory import RunLock, check_resume, find_checkpoint, provenance, weights_digest, write_recipe
 from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
+from fpd_accel.teacher_cache import CacheBuilder
 from fpd_accel.trainer import Trainer
+from fpd_accel.watchdog import Watchdog
 from fpd_accel.weights import load_weights
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
@@ -55,12 +61,21 @@ def run(
     accelerator = accelerator or create_accelerator(
         recipe.train.precision, parallel=recipe.train.parallel, timeout_minutes=recipe.train.timeout_minutes
     )
+    with explaining_silence(accelerator, str(recipe.run.directory)):
+        return _run(recipe, accelerator, resume=resume, stop=stop)
+
+
+def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopRequest | None) -> list[Score]:
     if recipe.train.sync_norm and accelerator.device.type != "cuda":
         raise TrainingError("train.sync_norm: statistics are shared on GPUs alone; leave it out")
+    if recipe.train.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
+        raise TrainingError("train.cuda_graphs: for one process on a GPU alone; leave it out")
+    if recipe.distill.mode == "fpd" and recipe.teacher.fp8:
+        require_float8(accelerator.device)
     _draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
-        lambda: (*_open_data(recipe), _open_unlabelled(recipe)),
+        lambda: _opened(*_open_data(recipe), _open_unlabelled(recipe)),
         same=lambda opened: [people.fingerprint for people in opened if people is not None],
     )
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
@@ -84,7 +99,9 @@ def run(
         networks,
         same=lambda made: [weights_digest(network.state_dict()) for network in (made[0], *(made[1] or ())[1:])],
     )
-    with RunLock(recipe.run.directory) as lock, _disk_errors(recipe):
+    shards = [people for people in (train, valid, unlabelled) if people is not None]
+    guard = Guard(recipe, accelerator, shards=shards, stop=stop)
+    with RunLock(recipe.run.directory) as lock, _disk_errors(recipe), guard.awake():
         origin = provenance(
             recipe,
             data=train,
@@ -92,19 +109,23 @@ def run(
             teacher=(taught[0], taught[1].state_dict()) if taught else None,
         )
 
-        def begin() -> tuple[Path | None, dict[str, Any]]:
-            is_new = not recipe.run.directory.exists()
-            if not is_new:
-                lock.acquire()
+        def find() -> tuple[Path | None, dict[str, Any]]:
             checkpoint = find_checkpoint(recipe, resume)
-            state = check_resume(recipe, checkpoint, people=len(train), provenance=origin)
-            lock.acquire()  # of a new run only now, so that one which is refused leaves no directory
+            return checkpoint, check_resume(recipe, checkpoint, people=len(train), provenance=origin)
+
+        def begin() -> tuple[Path | None, dict[str, Any]]:
+            if not recipe.run.directory.exists():
+                find()  # before the lock, so that a new run which is refused leaves no directory
+            lock.acquire()
+            checkpoint, state = find()  # of a new run again: another job may have begun it, and ended, meanwhile
             write_recipe(recipe)
             if taught is not None and checkpoint is None:  # later it is known to be the same
                 save_model(recipe.run.directory / "teacher", taught[1].state_dict(), taught[0])
             return checkpoint, state
 
+        guard.watchdog.alive("looking for the checkpoint to go on from")
         checkpoint, state = on_first_rank(accelerator, begin)
+        guard.watchdog.alive("preparing the networks")
         teacher = _freeze(taught, recipe, accelerator) if taught else None
         trainer = Trainer(
             recipe,
@@ -116,17 +137,19 @@ def run(
             unlabelled=unlabelled,
             teacher_codec=taught[0].create_codec() if taught is not None else None,
             provenance=origin,
-            stop=stop,
+            guard=guard,
         )
         if checkpoint is not None:
+            guard.watchdog.alive(f"reading {checkpoint.name}")
             trainer.restore(checkpoint, state)
             _say_where(trainer, checkpoint, state)
         _announce(trainer, taught[0] if taught else None)
+        if taught is not None and teacher is not None and trainer.step < trainer.total_steps:
+            trainer.lessons = _open_cache(trainer, taught[0], teacher)
         best = trainer.fit()
         scores = []
         if taught is not None and teacher is not None and valid is not None and recipe.evaluate.teacher:
-            with trainer.guard.explaining():
-                metrics = _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator)
+            metrics = _evaluate_teacher(recipe, taught[0], teacher, valid, accelerator, guard.watchdog)
             scores.append(Score("teacher", taught[0], metrics))
         scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
@@ -222,6 +245,16 @@ def _open_data(recipe: Recipe) -> tuple[Mixture, Shards | None]:
     return train, valid
 
 
+def _opened(
+    train: Mixture, valid: Shards | None, unlabelled: Shards | None
+) -> tuple[Mixture, Shards | None, Shards | None]:
+    """The same, their files mapped: what is missing or damaged on one machine is found while all listen."""
+    for people in (train, valid, unlabelled):
+        if people is not None:
+            people.open()
+    return train, valid, unlabelled
+
+
 def _open_labelled(recipe: Recipe) -> Mixture:
     labelled = recipe.data.labelled
     weights = [dataset.weight for dataset in labelled.values() if dataset.weight is not None]
@@ -306,6 +339,8 @@ def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Modul
             f"teacher.weights: {path} takes {list(config.input_size)} (height, width), but data.input_size is "
             f"{list(recipe.data.input_size)}; both networks see the same crop"
         )
+    if recipe.teacher.fp8:
+        float8_layers(model)  # says so where there are none
     return config, model
 
 
@@ -317,6 +352,8 @@ def _check_objective(recipe: Recipe, student: PoseModel, taught: tuple[ModelConf
             f"teacher: {config.arch} puts out SimCC's distributions, from which heatmaps cannot be made; "
             "take a heatmap teacher, or a SimCC student"
         )
+    if config.codec.name == "simcc" and recipe.teacher.cache is not None:
+        raise ConfigError(f"teacher.cache: keeps heatmaps alone, but {config.arch} is a SimCC teacher; leave it out")
     if (config.codec.name == "udp") != (recipe.codec.name == "udp"):
         raise ConfigError(
             f"teacher: it was trained with codec {config.codec.name!r}, the student has {recipe.codec.name!r}; udp "
@@ -340,23 +377,55 @@ def _freeze(taught: tuple[ModelConfig, nn.Module], recipe: Recipe, accelerator: 
         normalization=config.normalization,
         precision=torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32,
         compile=recipe.teacher.compile,
+        cuda_graphs=recipe.train.cuda_graphs,
         shard=shard,
+        fold_norm=recipe.teacher.fold_norm,
+        fp8=recipe.teacher.fp8,
     )
+
+
+def _open_cache(trainer: Trainer, config: ModelConfig, teacher: Teacher) -> Lessons | None:
+    """What the teacher says of every view, if the recipe wants it kept; asked now where nobody has yet."""
+    recipe = trainer.recipe
+    if recipe.teacher.cache is None:
+        return None
+    builder = CacheBuilder(
+        recipe,
+        trainer.accelerator,
+        options=recipe.teacher.cache,
+        teacher=teacher,
+        config=config,
+        digest=trainer.provenance["teacher_sha256"],
+        train=as_mixture(trainer.train_shards),
+        unlabelled=trainer.unlabelled_shards,
+        batch_size=trainer.device_batch,
+        stop=trainer.guard.stop,
+    )
+    with trainer.guard.explaining():
+        remaining = (trainer.total_steps - trainer.step) * recipe.train.global_batch
+        return builder.open(student=trainer.model_config, samples=remaining)
 
 
 def _evaluate_teacher(
-    recipe: Recipe, config: ModelConfig, teacher: Teacher, valid: Shards, accelerator: Accelerator
+    recipe: Recipe,
+    config: ModelConfig,
+    teacher: Teacher,
+    valid: Shards,
+    accelerator: Accelerator,
+    watchdog: Watchdog,
 ) -> dict[str, float]:
-    metrics, _ = evaluate(
-        teacher.model,
-        valid,
-        codec=config.create_codec(),
-        normalization=teacher.normalization,
-        padding=recipe.data.box_padding,
-        options=recipe.evaluate,
-        workers=recipe.data.workers,
-        accelerator=accelerator,
-    )
+    with eagerly(recipe):
+        metrics, _ = evaluate(
+            teacher.model,
+            valid,
+            codec=config.create_codec(),
+            normalization=teacher.normalization,
+            padding=recipe.data.box_padding,
+            options=recipe.evaluate,
+            workers=recipe.data.workers,
+            accelerator=accelerator,
+            watchdog=watchdog,
+        )
     return metrics
 
 
@@ -373,6 +442,14 @@ def _announce(trainer: Trainer, teacher: ModelConfig | None) -> None:
         f"{', sharded (FSDP2)' if is_sharded(trainer.accelerator) else ''}"
         f"{trainer.train_shards.skeleton.sigma_note}"
     )
+    compiled = {"student": trainer.student.compiled}
+    if teacher is not None:
+        compiled["teacher"] = recipe.teacher.compile
+    if parts := [f"{name} ({what})" for name, what in compiled.items() if what != "none"]:
+        say(
+            f"compiling {', '.join(parts)}: the first step waits for it, minutes for a large network; PyTorch keeps "
+            "the result for later runs"
+        )
 
 
 def evaluate_folder(

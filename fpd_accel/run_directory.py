@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
@@ -47,7 +49,8 @@ class RunLock(AbstractContextManager["RunLock"]):
     """One job at a time in a run directory.
 
     A POSIX record lock on ``.lock``: the system gives it back however the job ends, and NFS passes it on between
-    machines. Where the file system has no locks, a warning says so and nothing is refused.
+    machines. Where the file system has no locks, a warning says so and nothing is refused. NFS may keep the lock of a
+    node that was lost: a start of a Slurm job goes before the same job's earlier ones, which Slurm has ended.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -67,14 +70,15 @@ class RunLock(AbstractContextManager["RunLock"]):
             self._file = (self.directory / LOCK_NAME).open("a+", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"run.root: {self.directory}: cannot be made: {error.strerror}") from None
-        deadline, job = time.monotonic() + LOCK_PATIENCE, os.environ.get("SLURM_JOB_ID")
+        deadline = time.monotonic() + LOCK_PATIENCE
         while not self._try():
             if time.monotonic() > deadline:
                 self._file.seek(0)
                 holder = self._file.read().strip() or "unknown"
-                if job is not None and holder.endswith(f"Slurm job {job}"):  # Slurm has ended it, or its node is lost
+                if _is_earlier_start(holder):
                     warn(f"{self.directory}: still locked by this job's last start ({holder}); going on")
-                    return
+                    threading.Thread(target=_take_when_free, args=(self._file,), name="lock", daemon=True).start()
+                    break
                 self._file.close()
                 self._file = None
                 raise CheckpointError(
@@ -83,7 +87,9 @@ class RunLock(AbstractContextManager["RunLock"]):
                 )
             time.sleep(0.1)
         self._file.truncate(0)
-        self._file.write(f"{socket.gethostname()}, pid {os.getpid()}" + (f", Slurm job {job}\n" if job else "\n"))
+        job = os.environ.get("SLURM_JOB_ID")
+        start = f", Slurm job {job}, start {_slurm_start()}" if job is not None else ""
+        self._file.write(f"{socket.gethostname()}, pid {os.getpid()}{start}\n")
         self._file.flush()
 
     def _try(self) -> bool:
@@ -107,6 +113,23 @@ class RunLock(AbstractContextManager["RunLock"]):
                 self._file.truncate(0)
             self._file.close()
             self._file = None
+
+
+def _take_when_free(file: IO[str]) -> None:
+    """In the background: else a lock that comes free late would be for anybody to take."""
+    with suppress(OSError, ValueError):  # ValueError: the run is over
+        fcntl.lockf(file, fcntl.LOCK_EX)
+
+
+def _slurm_start() -> int:
+    """How often this Slurm job was requeued before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _is_earlier_start(holder: str) -> bool:
+    """Whether what a lock file says is of this Slurm job before it was requeued, and not of another step of it."""
+    said = re.search(r", Slurm job (\S+), start (\d+)$", holder)
+    return said is not None and said[1] == os.environ.get("SLURM_JOB_ID") and int(said[2]) < _slurm_start()
 
 
 def provenance(

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer, Real
 
 from fpd_accel.config import Evaluate
+from fpd_accel.data.columns import read_columns
 from fpd_accel.data.detections import Detections
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.geometry import box_to_region
-from fpd_accel.metrics import mpii_scores, oks_nms, pck, rescore, soft_oks_nms
+from fpd_accel.metrics import mpii_scores, pck, rescore
+from fpd_accel.similarity import Sigmas, oks_nms_by_image, soft_oks_nms_by_image
 
 CATEGORY = 1  # "person", as COCO numbers it
 PCK_THRESHOLDS = {"torso": 0.2, "box": 0.1}  # share of the torso's length, or of the box's longer side
@@ -33,32 +35,49 @@ class Predictions:
 def results(
     shards: Shards, predictions: Predictions, *, options: Evaluate, input_size: tuple[int, int], padding: float = 1.25
 ) -> list[dict[str, Any]]:
-    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image), best of an image first.
+    """People in COCO's result format, rescored, without near-duplicates (OKS-NMS per image), best of an image first."""
+    people = shards.columns(("image_id", "score"), predictions.rows)
+    sizes = regions(shards, predictions.rows, input_size, padding)[1]
+    areas = sizes.prod(axis=1)  # of the padded region, as the published code takes it
+    return chosen_people(
+        predictions, people["image_id"], people["score"], areas, options=options, sigmas=shards.skeleton.sigmas
+    )
+
+
+def chosen_people(
+    predictions: Predictions,
+    images: Integer[np.ndarray, " person"],
+    box_scores: Real[np.ndarray, " person"],
+    areas: Real[np.ndarray, " person"],
+    *,
+    options: Evaluate,
+    sigmas: Sigmas,
+) -> list[dict[str, Any]]:
+    """:func:`results` of people whose image, score of the box and area of the region are known.
 
     Soft suppression chooses whom to keep by decayed scores, but as in the published code the score of a person stays.
     """
-    people = shards.people[predictions.rows]
-    sizes = regions(shards, predictions.rows, input_size, padding)[1]
-    areas = sizes.prod(axis=1)  # of the padded region, as the published code takes it
-    scores = rescore(predictions.scores, people["score"], options.keypoint_threshold)
-    found = []
-    for image in np.unique(people["image_id"]):
-        members = np.flatnonzero(people["image_id"] == image)
-        own = (predictions.keypoints[members], scores[members], areas[members])
-        match options.nms:
-            case "hard":
-                kept = oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
-            case "soft":
-                kept = soft_oks_nms(*own, options.nms_threshold, shards.skeleton.sigmas)
-            case "none":
-                kept = np.argsort(-scores[members], kind="stable")
-        found += [_result(int(image), predictions, int(member), float(scores[member])) for member in members[kept]]
-    return found
+    scores = rescore(predictions.scores, box_scores, options.keypoint_threshold)
+    own = (images, predictions.keypoints, scores, areas)
+    match options.nms:
+        case "hard":
+            kept = oks_nms_by_image(*own, options.nms_threshold, sigmas)
+        case "soft":
+            kept = soft_oks_nms_by_image(*own, options.nms_threshold, sigmas)
+        case "none":
+            kept = np.lexsort((-scores, images))
+    triples = np.concatenate([predictions.keypoints[kept], predictions.scores[kept, :, None]], axis=2)
+    # Rounded as numbers, which is the same as digit by digit: a float32 times 1000 is exact in float64.
+    rounded = np.round(triples.reshape(len(kept), -1).astype(np.float64), 3)
+    return [
+        {"image_id": image, "category_id": CATEGORY, "keypoints": keypoints, "score": score}
+        for image, keypoints, score in zip(images[kept].tolist(), rounded.tolist(), scores[kept].tolist(), strict=True)
+    ]
 
 
 def crowding(shards: Shards, predictions: Predictions, people: list[dict[str, Any]]) -> dict[str, float]:
     """What the scores of a protocol hang on: people per image with people, before and after NMS, and their scores."""
-    images = len(np.unique(shards.people[predictions.rows]["image_id"]))
+    images = len(np.unique(shards.columns(("image_id",), predictions.rows)["image_id"]))
     scores = [person["score"] for person in people]
     return {
         "people_per_image_before_nms": len(predictions.rows) / images,
@@ -68,24 +87,13 @@ def crowding(shards: Shards, predictions: Predictions, people: list[dict[str, An
     }
 
 
-def _result(image_id: int, predictions: Predictions, person: int, score: float) -> dict[str, Any]:
-    triples = np.concatenate([predictions.keypoints[person], predictions.scores[person, :, None]], axis=1)
-    return {
-        "image_id": image_id,
-        "category_id": CATEGORY,
-        "keypoints": [round(float(value), 3) for value in triples.ravel()],
-        "score": score,
-    }
-
-
 def regions(
     shards: Shards, rows: np.ndarray, input_size: tuple[int, int], padding: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centres and (width, height) of the crops of some people, image pixels."""
-    people = shards.people[rows]
-    pictures = shards.images.select_columns(["width", "height"])[people["image_row"].tolist()]
-    triples = zip(people["box"], pictures["width"], pictures["height"], strict=True)
-    boxes = np.stack([shards.box_to_crop(box, width=width, height=height) for box, width, height in triples])
+    people = shards.columns(("box", "image_row"), rows)
+    pictures = read_columns(shards.images, ("width", "height"), people["image_row"])
+    boxes = shards.box_to_crop(people["box"], **pictures)
     return box_to_region(boxes, input_size, padding=padding)
 
 
@@ -94,23 +102,26 @@ def ground_truth(shards: Shards, *, rows: np.ndarray | None = None) -> dict[str,
 
     ``rows`` takes some people alone, and their images.
     """
-    annotated = shards.annotated.people
-    people = annotated[:] if rows is None else annotated[rows]
+    people = shards.annotated.columns(("id", "image_id", "box", "area", "crowd", "keypoints"), rows)
+    shown = (people["keypoints"][:, 2::3] > 0).sum(axis=1)
+    columns = (people[name].tolist() for name in ("id", "image_id", "box", "area", "keypoints"))
     annotations = [
         {
-            "id": int(people["id"][i]),
-            "image_id": int(people["image_id"][i]),
+            "id": number,
+            "image_id": image,
             "category_id": CATEGORY,
-            "bbox": people["box"][i].tolist(),
-            "area": float(people["area"][i]),
-            "iscrowd": int(people["crowd"][i]),
-            "keypoints": people["keypoints"][i].tolist(),
-            "num_keypoints": int((people["keypoints"][i][2::3] > 0).sum()),
+            "bbox": box,
+            "area": area,
+            "iscrowd": crowd,
+            "keypoints": keypoints,
+            "num_keypoints": labelled,
         }
-        for i in range(len(people["id"]))
+        for number, image, box, area, keypoints, crowd, labelled in zip(
+            *columns, people["crowd"].astype(int).tolist(), shown.tolist(), strict=True
+        )
     ]
-    listed = shards.images.with_format("numpy")["id"][:] if rows is None else np.unique(people["image_id"])
-    images = [{"id": int(image)} for image in listed]
+    listed = read_columns(shards.images, ("id",))["id"] if rows is None else np.unique(people["image_id"])
+    images = [{"id": image} for image in listed.tolist()]
     return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}
 
 
@@ -121,7 +132,7 @@ def ground_truth_predictions(shards: Shards, *, rows: np.ndarray | None = None) 
     usable people alone.
     """
     rows = shards.usable if rows is None else rows
-    people = shards.people[rows]
+    people = shards.columns(("keypoints", "box"), rows)
     triples = people["keypoints"].reshape(len(rows), -1, 3)
     middle = (people["box"][:, :2] + people["box"][:, 2:] / 2)[:, None]
     labelled = triples[..., 2] > 0
@@ -134,7 +145,7 @@ def keypoint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, flo
 
     The torso's ends are the skeleton's (Sapp & Taskar, CVPR 2013, for 0.2); people without both of them do not count.
     """
-    people = shards.people[predictions.rows]
+    people = shards.columns(("keypoints", "box"), predictions.rows)
     triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
     truth, visible = triples[..., :2], triples[..., 2] > 0
     if shards.skeleton.torso is not None:
@@ -151,7 +162,7 @@ def head_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
     """:func:`~fpd_accel.metrics.mpii_scores` of the people whose head size the shards know, if there are any."""
     if not shards.has_head_sizes:
         return {}
-    people = shards.people[predictions.rows]
+    people = shards.columns(("keypoints", "head_size"), predictions.rows)
     triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
     return mpii_scores(predictions.keypoints, triples[..., :2], people["head_size"], triples[..., 2] > 0)
 

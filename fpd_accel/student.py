@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fpd_accel.checkpoint import optimizer_tensors, restore_optimizer
-from fpd_accel.config import Optim, Train
+from fpd_accel.checkpoint import MANIFEST, optimizer_tensors, read_tensors, restore_optimizer, sha256
+from fpd_accel.compilation import compile_network
+from fpd_accel.config import Compile, Optim, Train
 from fpd_accel.models.base import PoseModel
 from fpd_accel.optim import create_optimizer
 from fpd_accel.outputs import Output, each
-from fpd_accel.processes import is_sharded
+from fpd_accel.processes import is_sharded, on_every_rank
 
 
 class Student:
@@ -31,6 +31,7 @@ class Student:
     Attributes:
         model: what the forward goes through, wrapped as the Accelerator sees fit.
         optimizer: of its parameters; the learning rate is set in every step.
+        compiled: what of the network is a graph; ``whole`` is left to whoever calls it (see :meth:`Distiller.compile`).
     """
 
     def __init__(self, network: nn.Module, accelerator: Accelerator, *, train: Train, optim: Optim) -> None:
@@ -40,6 +41,10 @@ class Student:
         if train.channels_last and not is_sharded(accelerator):  # FSDP2 takes contiguous parameters alone
             network = network.to(memory_format=torch.channels_last)
         self.network = network.to(accelerator.device)  # without wrappers: what is saved and evaluated
+        # What is gathered block by block cannot be one graph.
+        self.compiled: Compile = "units" if train.compile == "whole" and is_sharded(accelerator) else train.compile
+        if self.compiled == "units":
+            compile_network(self.network, self.compiled)
         if is_sharded(accelerator):
             units = (
                 {type(unit).__name__ for unit in network.unit_modules()} if isinstance(network, PoseModel) else set()
@@ -48,6 +53,11 @@ class Student:
             _autocast(network, accelerator)
         optimizer = create_optimizer(self.network, optim, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        # A replayed graph writes its results where it wrote them before: gradients must not live there.
+        self._keep_gradients = train.cuda_graphs
+        if self._keep_gradients:
+            for parameter in self.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self.average = WeightAverage(self.network, train.ema_decay) if train.ema_decay is not None else None
 
     def train(self) -> None:
@@ -65,7 +75,7 @@ class Student:
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
         if self.average is not None:
             self.average.update()
 
@@ -127,12 +137,22 @@ class Student:
         return tensors
 
     def restore(self, checkpoint: Path) -> None:
-        """Put back what :meth:`state` gave, whatever number of ranks and sharding it was saved by."""
-        self._load(load_file(checkpoint / "student.safetensors"))
-        restore_optimizer(self.network, self.optimizer.optimizer, checkpoint / "optimizer.safetensors")
+        """Put back what :meth:`state` gave, whatever number of ranks and sharding it was saved by.
+
+        Raises:
+            CheckpointError: a rank cannot read it.
+        """
+        names = ["student", "optimizer", *(["student_ema"] if self.average is not None else [])]
+        saved = on_every_rank(
+            self.accelerator,
+            lambda: read_tensors(checkpoint, names),
+            same=lambda _: sha256(checkpoint / MANIFEST),
+        )
+        self._load(saved["student"])
+        restore_optimizer(self.network, self.optimizer.optimizer, saved["optimizer"])
         if self.average is not None:
             with self.averaged():
-                self._load(load_file(checkpoint / "student_ema.safetensors"))
+                self._load(saved["student_ema"])
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         set_model_state_dict(self.network, dict(weights), options=StateDictOptions(full_state_dict=True, strict=True))

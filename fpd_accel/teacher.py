@@ -5,7 +5,11 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from fpd_accel.compilation import compile_network
+from fpd_accel.config import Compile
 from fpd_accel.data.batch import Normalization
+from fpd_accel.fold import fold_norm as fold
+from fpd_accel.fp8 import to_float8_linears
 from fpd_accel.models.base import PoseModel
 from fpd_accel.outputs import Output, each
 
@@ -24,15 +28,28 @@ class Teacher:
         device: torch.device | str = "cpu",
         normalization: Normalization | None = None,
         precision: torch.dtype = torch.float32,
-        compile: bool = False,
+        compile: Compile = "none",
+        cuda_graphs: bool = False,
         shard: bool = False,
+        fold_norm: bool = False,
+        fp8: bool = False,
     ) -> None:
-        """``precision``: float32, or bfloat16 for autocast. ``compile`` compiles in place: names stay as they are.
+        """``precision``: float32, or bfloat16 for autocast. ``compile`` and ``cuda_graphs``: see
+        :func:`compile_network`.
 
         ``shard``: each rank keeps a part of the weights, and the parts that the network names as its ``units`` are
-        gathered one at a time; all ranks have to ask together.
+        gathered one at a time; all ranks have to ask together. ``fold_norm`` (see ``fold.py``) and ``fp8`` (``fp8.py``)
+        change the network in place, which is then no longer what was trained: save it before.
+
+        Raises:
+            ConfigError: ``fp8``, but the network has no such layers.
         """
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval()
+        if fold_norm:
+            fold(self.model)
+        if fp8:
+            to_float8_linears(self.model.to(device))
+        self.model.requires_grad_(False)
         if not shard:
             self.model.to(device)
         else:  # each part goes to the device by itself, and no device ever holds the whole
@@ -43,8 +60,7 @@ class Teacher:
         self.device, self.precision = torch.device(device), precision
         # What is gathered under inference mode cannot be gathered into anywhere else, say in an evaluation.
         self._without_gradients = torch.no_grad if shard else torch.inference_mode
-        if compile:
-            self.model.compile()
+        compile_network(self.model, compile, cuda_graphs=cuda_graphs)
 
     def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> tuple[Output, ...]:
         """Every stage's output, float32, as ordinary tensors that a student's loss may save for its backward pass."""

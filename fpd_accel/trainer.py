@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fpd_accel.checkpoint import write_checkpoint
 from fpd_accel.codecs import PoseCodec
+from fpd_accel.compilation import eagerly
 from fpd_accel.config import Recipe, accumulation_steps, steps_per_epoch, total_steps
-from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.batch import Batch, DeviceCopy, Normalization
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream, close_loader, make_loader
@@ -30,9 +32,9 @@ from fpd_accel.losses import Losses
 from fpd_accel.model_folder import ModelConfig, save_model
 from fpd_accel.optim import learning_rate, teacher_share
 from fpd_accel.outputs import SimCC
+from fpd_accel.processes import is_sharded
 from fpd_accel.report import protocol
 from fpd_accel.scoring import selection_metric
-from fpd_accel.stop import StopRequest
 from fpd_accel.student import Student
 from fpd_accel.teacher import Teacher
 from fpd_accel.visualize import comparison, encode_picture
@@ -56,13 +58,12 @@ class Trainer:
         unlabelled: Shards | None = None,
         teacher_codec: PoseCodec | None = None,
         provenance: dict[str, Any] | None = None,
-        stop: StopRequest | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
-        self.guard = Guard(
-            recipe, accelerator, shards=[s for s in (train, valid, unlabelled) if s is not None], stop=stop
-        )
+        shards = [people for people in (train, valid, unlabelled) if people is not None]
+        self.guard = guard or Guard(recipe, accelerator, shards=shards)
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe, len(train))
@@ -81,11 +82,14 @@ class Trainer:
             self.student.model, teacher, self.codec, mask=recipe.distill.mask, options=recipe.distill,
             normalization=self.model_config.normalization, teacher_codec=teacher_codec,
         )  # fmt: skip
+        if self.student.compiled != "none":
+            self.distiller.compile(student=self.student.compiled == "whole", cuda_graphs=recipe.train.cuda_graphs)
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is chosen
         self.protocol = protocol(valid, recipe.evaluate) if valid is not None else {}  # what best_metrics hang on
         self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
         self.evaluated = 0  # the last step that was
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
+        self.lessons: Lessons | None = None  # the teacher's cache, once it is built
 
     @property
     def directory(self) -> Path:
@@ -98,13 +102,14 @@ class Trainer:
 
     @property
     def topology(self) -> dict[str, int]:
-        """How a global batch is spread; ``normalised_over``: people whose statistics batch normalisation takes."""
+        """How batch and student are spread; ``normalised_over``: people whose statistics batch normalisation takes."""
         ranks = self.accelerator.num_processes
         return {
             "ranks": ranks,
             "device_batch": self.device_batch,
             "accumulation": self.accumulation,
             "normalised_over": self.device_batch * (ranks if self.recipe.train.sync_norm else 1),
+            "sharded": is_sharded(self.accelerator),
         }
 
     def fit(self) -> dict[str, float]:
@@ -117,12 +122,18 @@ class Trainer:
         recipe, accelerator, student = self.recipe, self.accelerator, self.student
         with ExitStack() as stack:
             self.log = stack.enter_context(
-                RunLog(self.directory, total_steps=self.total_steps, step=self.step, tensorboard=recipe.log.tensorboard)
+                RunLog(
+                    self.directory,
+                    total_steps=self.total_steps,
+                    step=self.step,
+                    tensorboard=recipe.log.tensorboard,
+                    workers=recipe.data.workers,
+                )
             )
             stack.enter_context(self.guard.watching(step=self.step))
             if self._evaluation_is_due():  # left undone by a stop, or done by another protocol
                 self._evaluate()
-            batches = self._batches()
+            batches, copy = self._batches(), DeviceCopy(accelerator.device)
             stack.callback(close_loader, batches)
             student.train()
             while self.step < self.total_steps:
@@ -136,7 +147,7 @@ class Trainer:
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
                     self.guard.look_at(self.train_shards)
-                    batch = next(batches).to(accelerator.device)
+                    batch = copy(next(batches))
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
                     with nullcontext() if is_last else accelerator.no_sync(student.model):
@@ -210,6 +221,8 @@ class Trainer:
             unbiased=self.codec.unbiased,
             unlabelled=self.unlabelled_shards,
             share=self.recipe.data.unlabelled.share if self.recipe.data.unlabelled is not None else 0.0,
+            group_by_image=self.recipe.data.group_by_image,
+            lessons=self.lessons,
         )
         return iter(make_loader(stream, self.recipe.data.workers, self.accelerator.device))
 
@@ -241,7 +254,7 @@ class Trainer:
         assert self.valid_shards is not None
         self.student.average_buffers()
         self.guard.look_at(self.valid_shards)
-        with self.student.averaged() as model:
+        with eagerly(self.recipe), self.student.averaged() as model:
             metrics, people = evaluate(
                 model,
                 self.valid_shards,

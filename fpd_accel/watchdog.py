@@ -18,15 +18,15 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     A collective operation waits for every rank, and one that hangs in it cannot raise an exception. So a thread watches
     the clock; it prints the rank, the machine, the last sign of life and the stack, and exits without cleaning up. The
-    launcher then ends the other ranks. Time during which machine or process are suspended does not count.
+    launcher then ends the other ranks. Time during which machine or process are suspended does not count. Blocks may
+    lie within one another.
     """
 
     def __init__(self, seconds: float, *, rank: int = 0, hint: str = "") -> None:
         self.seconds, self.rank, self.hint = seconds, rank, hint
         self._last, self._doing = time.monotonic(), "starting"
-        self._paused = 0
+        self._paused = self._entered = 0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def alive(self, doing: str) -> None:
         """A sign of life, and what comes next."""
@@ -44,18 +44,23 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def __enter__(self) -> "Watchdog":
         self.alive(self._doing)
-        self._thread.start()
+        self._entered += 1
+        if self._entered == 1:
+            self._over = threading.Event()
+            threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._entered -= 1
+        if not self._entered:
+            self._over.set()
 
-    def _watch(self) -> None:
+    def _watch(self, over: threading.Event) -> None:
         interval, silent, heard = min(1.0, self.seconds / 4), 0.0, self._last
         before = time.monotonic()
-        while not self._over.wait(interval):
+        while not over.wait(interval):
             now = time.monotonic()
             # A process that was suspended has not been silent for all that time.
             silent = 0.0 if self._last != heard or self._paused else silent + min(now - before, 2 * interval)

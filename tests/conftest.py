@@ -1,7 +1,8 @@
 """What every test shares: shapes and types checked while the package runs, and data small enough to train on."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from jaxtyping import install_import_hook
 # Before anything imports the package. The tower: an int will do where a float is asked for, as PEP 484 has it.
 install_import_hook("fpd_accel", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+# The trainer divides the cores by this: networks as small as these are no faster on two threads than on one, and on a
+# busy machine, where threads wait for each other, many times slower.
+os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
+THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))  # of everything else
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,11 +27,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
+def fresh_accelerator() -> Iterator[None]:
     """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process."""
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None:
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    if "torch" in sys.modules:  # a trainer has taken fewer threads
+        sys.modules["torch"].set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Jobs end with the test that started them, however that went."""
+    yield
+    if "jobs" in sys.modules:
+        sys.modules["jobs"].FORKS.leave_nothing_running()
+
+
+def pytest_unconfigure() -> None:
+    if "jobs" in sys.modules:
+        sys.modules["jobs"].FORKS.close()
 
 
 @pytest.fixture(scope="session")

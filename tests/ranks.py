@@ -1,4 +1,4 @@
-"""What the ranks of one launch do in the tests, one task after the other; imports are paid for once per launch.
+"""What the ranks of one launch do in the tests, one task after the other.
 
 torchrun --nproc_per_node 2 tests/ranks.py '[["train", "recipe.yaml", ["run.name=two"]], …]'
 """
@@ -7,21 +7,30 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 
-from fpd_accel import evaluation
+from fpd_accel import evaluation, teacher_cache, trainer
 from fpd_accel.config import Evaluate, load_recipe
+from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards
 from fpd_accel.distill import Distiller
-from fpd_accel.errors import UserError
+from fpd_accel.errors import Preempted, UserError
 from fpd_accel.evaluation import evaluate
+from fpd_accel.losses import Losses
 from fpd_accel.model_folder import load_model, read_model_config
 from fpd_accel.processes import create_accelerator
 from fpd_accel.run import run
+from fpd_accel.stop import StopRequest
 from fpd_accel.student import Student
+from fpd_accel.watchdog import Watchdog
+
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def train(recipe: str, overrides: list[str]) -> None:
@@ -31,24 +40,76 @@ def train(recipe: str, overrides: list[str]) -> None:
 def train_from(*recipes: str) -> None:
     """Each rank with its own recipe, which must not be."""
     try:
-        run(load_recipe(recipes[int(os.environ["RANK"])], check_files=False))
+        run(load_recipe(recipes[RANK], check_files=False))
     except UserError as error:
         sys.stderr.write(f"refused: {error}\n")  # in one piece: two ranks write into one pipe
 
 
-def train_with_slow_scores(recipe: str, overrides: list[str], seconds: float) -> None:
-    """The first rank takes its time over AP, as it does with a million people."""
-    scored = evaluation.average_precision
+def train_in_small_parts(recipe: str, overrides: list[str]) -> None:
+    """A cache of the teacher has as many parts as it can."""
+    teacher_cache.PART_BYTES = 1
+    train(recipe, overrides)
+
+
+def train_with_slow_scores(recipe: str, overrides: list[str], seconds: float, limit: float) -> None:
+    """The first rank takes so long over AP, as it does with a million people, and silence is allowed for less."""
+    predict, average_precision, evaluate_all = evaluation.predict, evaluation.average_precision, trainer.evaluate
+
+    def and_lower_the_limit(*arguments: Any, watchdog: Watchdog, **options: Any) -> Any:
+        found = predict(*arguments, watchdog=watchdog, **options)
+        watchdog.alive("scores come next")
+        watchdog.seconds = limit
+        return found
 
     def slowly(*arguments: Any) -> dict[str, float]:
         time.sleep(seconds)
-        return scored(*arguments)
+        return average_precision(*arguments)
 
-    evaluation.average_precision = slowly
-    try:
+    def and_raise_it_again(*arguments: Any, watchdog: Watchdog, **options: Any) -> Any:
+        before = watchdog.seconds
+        found = evaluate_all(*arguments, watchdog=watchdog, **options)
+        watchdog.seconds = before
+        return found
+
+    with (
+        patch.object(evaluation, "predict", and_lower_the_limit),
+        patch.object(evaluation, "average_precision", slowly),
+        patch.object(trainer, "evaluate", and_raise_it_again),
+    ):
+        train(recipe, [*overrides, "evaluate.teacher=false"])
+
+
+def train_noting_people(recipe: str, overrides: list[str], output: str, stop_after: int | None = None) -> None:
+    """Rows of the people in each micro-batch of a rank, a line each; after so many the last rank is asked to stop."""
+    forward, stop, taken = Distiller.forward, StopRequest(), 0
+
+    def noting(distiller: Distiller, batch: Batch) -> Losses:
+        nonlocal taken
+        taken += 1
+        notes.write(json.dumps(batch.rows.tolist()) + "\n")
+        if taken == stop_after and int(os.environ["WORLD_SIZE"]) == RANK + 1:
+            stop.name = "SIGUSR1"
+        return forward(distiller, batch)
+
+    with (
+        Path(f"{output}.{RANK}").open("a") as notes,
+        patch.object(Distiller, "forward", noting),
+        suppress(Preempted),
+    ):
+        run(load_recipe(recipe, overrides), stop=stop)
+
+
+def train_noting_statistics(recipe: str, overrides: list[str], output: str) -> None:
+    """The statistics of each rank's own normalisation layers before they are averaged for the last time."""
+    average_buffers = Student.average_buffers
+
+    def noting(student: Student) -> None:
+        own = {name: buffer.clone() for name, buffer in student.network.named_buffers() if buffer.is_floating_point()}
+        save_file(own, f"{output}.{RANK}")
+        average_buffers(student)
+
+    with patch.object(Student, "average_buffers", noting):
         train(recipe, overrides)
-    finally:
-        evaluation.average_precision = scored
 
 
 def score(folder: str, shards: str, output: str) -> None:
@@ -81,7 +142,10 @@ def dtypes(recipe: str, overrides: list[str]) -> None:
 TASKS = {
     "train": train,
     "train_from": train_from,
+    "train_in_small_parts": train_in_small_parts,
     "train_with_slow_scores": train_with_slow_scores,
+    "train_noting_people": train_noting_people,
+    "train_noting_statistics": train_noting_statistics,
     "score": score,
     "dtypes": dtypes,
 }

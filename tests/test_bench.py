@@ -1,6 +1,7 @@
 """``fpd-accel bench``: the commands run, and what they report is what they measured."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from fpd_accel import cli
-from fpd_accel.bench import data, probe
+from fpd_accel.bench import crowd, data, loaders, probe
 from fpd_accel.bench.crowd import draw_crowd
 from fpd_accel.bench.environment import describe, environment
 from fpd_accel.data import PoseStream, Shards
@@ -23,6 +24,11 @@ def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(data, "MEMORY_WORKERS", (0, 2))
     monkeypatch.setattr(data, "RATE_WORKERS", (0, 1))
     monkeypatch.setattr(probe, "REPEATS", 1)
+    monkeypatch.setattr(crowd, "PHOTOGRAPHED", 10)
+    monkeypatch.setattr(crowd, "PICTURES", 2)
+    monkeypatch.setattr(loaders, "ROUNDS", 2)
+    monkeypatch.setattr(loaders, "WORKERS", (0, 1))
+    monkeypatch.setattr(loaders, "use_one_thread", lambda: None)  # for good, and of all tests that follow
 
     def here(arguments: Sequence[str]) -> dict[str, Any]:
         asked.append(arguments)
@@ -59,8 +65,11 @@ def test_bench_data_prints_a_table_and_writes_the_same_as_json(
     for words in ("30 people", "12 images", "last / first", "open, s", "each of 2 workers", "samples/s, 1 worker"):
         assert words in printed
     assert f"{large['loading']['0']['samples_per_second']:,.0f}" in printed
+    (compared,) = report["loaders"]
+    assert (compared["people"], set(compared["compared"]["workers"])) == (10, {"0", "1"})
+    assert "Loader against the published one's" in printed
     written = sorted((tmp_path / "cache").iterdir())
-    assert [folder.name for folder in written] == ["people_30", "people_7"]
+    assert [folder.name for folder in written] == ["people_30", "people_7", "photographs_10"]
     kept = [folder.stat().st_mtime_ns for folder in written]
     assert cli.main(["bench", "data", "--people", "7", "--batches", "1", "--cache", str(tmp_path / "cache")]) == 0
     assert "last / first" not in capsys.readouterr().out
@@ -72,6 +81,18 @@ def test_a_probe_is_a_process_of_its_own(tiny_shards: Path) -> None:
     shards = Shards(tiny_shards)
     assert (found["people"], found["images"]) == (len(shards), len(shards.images))
     assert 0 < found["seconds"] < 60
+
+
+def test_a_cold_opening_reads_every_file_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, forgotten = draw_crowd(tmp_path, 5), []
+
+    def forget(file: int, *_: int) -> None:
+        forgotten.append(str(Path(f"/proc/self/fd/{file}").readlink()))
+
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    probe.time_opening(str(shards.path), cold=True)
+    assert sorted(forgotten) == sorted(str(path) for path in Path(shards.path).rglob("*") if path.is_file())
+    assert {"usable.npy", "dataset.json"} < {Path(name).name for name in forgotten}
 
 
 def test_own_data_are_measured_where_they_are(

@@ -132,6 +132,20 @@ def test_the_first_of_equal_maxima_wins():
     assert argmax_2d(heatmaps)[0][0, 0].tolist() == [3.0, 2.0]
 
 
+@pytest.mark.parametrize("size", [(64, 48), (7, 5), (6, 9), (1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_maximum_is_that_of_one_look_at_all_cells_even_where_they_are_no_numbers(size, dtype):
+    heatmaps = torch.randint(-3, 3, (5, 4, *size), generator=torch.Generator().manual_seed(0)).to(dtype)
+    heatmaps[0, 0, -1, -1] = torch.nan
+    flat = heatmaps.flatten(2)
+    index = flat.argmax(dim=2)
+    scores = flat.gather(2, index[..., None])[..., 0].float()
+    cells = torch.stack((index % size[1], index // size[1]), dim=-1) * (scores > 0)[..., None]
+    found, found_scores = argmax_2d(heatmaps)
+    torch.testing.assert_close(found, cells.float(), rtol=0, atol=0)
+    torch.testing.assert_close(found_scores, scores, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (3, 3)])
 def test_tiny_heatmaps_decode_without_a_neighbour_to_look_at(size):
     heatmaps = torch.rand(1, 2, *size)

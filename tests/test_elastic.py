@@ -1,10 +1,7 @@
 """One run on any number of processes, copied or sharded: the same losses, and checkpoints that change between them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,30 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import launch
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, read_state
+from fpd_accel.config import load_recipe
 
-ROOT = Path(__file__).parents[1]
 STEPS, HALF = 8, 4
 WORLDS = {"ddp2": (2, "ddp"), "fsdp2": (2, "fsdp2"), "ddp3": (3, "ddp")}
 # Each is half of one run, and its second half at another size or sharding.
-ELASTIC = {"ddp2": ["one_to_ddp2"], "fsdp2": ["ddp2_to_fsdp2"], "ddp3": ["fsdp2_to_ddp3"], "one": ["fsdp2_to_one"]}
-
-
-def launch(ranks: int, tasks: list[list[Any]], *, expected: int | None = 0) -> str:
-    """Run the tasks of tests/ranks.py on so many gloo processes; what they said."""
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "ranks.py"), json.dumps(tasks)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == expected or expected is None, done.stderr[-5000:]
-    return done.stderr
+ELASTIC = {"ddp2": "one_to_ddp2", "fsdp2": "ddp2_to_fsdp2", "ddp3": "fsdp2_to_ddp3", "one": "fsdp2_to_one"}
 
 
 def losses(directory: Path) -> list[float]:
@@ -75,33 +58,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid
         "checkpoint": {"every_steps": HALF, "keep": 9},
     }
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    train([recipe, []])
-    for world, (ranks, parallel) in WORLDS.items():
-        for name in ELASTIC[world]:
-            halve(root, name)
-        names = [world, *ELASTIC[world]]
+    train(recipe)
+    for world, (ranks, parallel) in {**WORLDS, "one": (1, "auto")}.items():
+        halve(root, ELASTIC[world])
+        names = [world, ELASTIC[world]] if world != "one" else [ELASTIC[world]]
         tasks = [["train", str(recipe), [f"run.name={name}", f"train.parallel={parallel}"]] for name in names]
         if world == "fsdp2":  # more of the state: accumulation, and a sharded teacher
             changes = ["run.name=sharded_teacher", "train.parallel=fsdp2", "teacher.shard=true", "train.device_batch=3"]
             tasks.append(["train", str(recipe), changes])
-        if parallel == "ddp":
+        else:
             tasks.append(["score", str(root / "one" / "final"), str(tiny_valid), str(root / f"scores_{ranks}")])
+        if ranks == 2:
+            changes = [f"run.name=statistics_{world}", f"train.parallel={parallel}", "train.freeze_norm=false"]
+            changes += ["train.steps=2", "data.valid=null"]
+            tasks.append(["train_noting_statistics", str(recipe), changes, str(root / f"own_{world}")])
         if world == "ddp2":
-            changes = ["run.name=slow", "train.timeout_minutes=0.15"]
-            tasks.append(["train_with_slow_scores", str(recipe), changes, 10])
+            tasks.append(["train_with_slow_scores", str(recipe), ["run.name=slow"], 5, 2])
         said = launch(ranks, tasks)
         assert ("sharded (FSDP2)" in said) == (parallel == "fsdp2")
-    halve(root, "fsdp2_to_one")
-    train([recipe, ["run.name=fsdp2_to_one"]])
+        (root / f"said_{world}").write_text(said)
     return root
 
 
-def train(arguments: list[Any]) -> None:
-    import ranks
+def train(recipe: Path, *overrides: str) -> None:
     from accelerate.state import AcceleratorState
 
+    from fpd_accel.run import run
+
     AcceleratorState._reset_state(reset_partial_state=True)
-    ranks.train(*arguments)
+    run(load_recipe(recipe, overrides))
 
 
 def halve(root: Path, name: str) -> None:
@@ -110,21 +95,33 @@ def halve(root: Path, name: str) -> None:
     shutil.rmtree(newest(root / name))
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("name", [*WORLDS, "sharded_teacher"])
 def test_every_world_gives_the_losses_of_one_process(name: str, runs: Path) -> None:
     np.testing.assert_allclose(losses(runs / name), losses(runs / "one"), rtol=1e-5)
     assert len(losses(runs / name)) == STEPS
 
 
-@pytest.mark.parametrize("name", [names[0] for names in ELASTIC.values()])
-def test_run_goes_on_in_another_world(name: str, runs: Path) -> None:
-    np.testing.assert_allclose(losses(runs / name), losses(runs / "one"), rtol=1e-5)
-    first, second = (read_state(checkpoint)["topology"] for checkpoint in checkpoints(runs / name / "checkpoints"))
-    assert first != second or "fsdp2" in name
+@pytest.mark.parametrize("world", ELASTIC)
+def test_run_goes_on_in_another_world(world: str, runs: Path) -> None:
+    run = runs / ELASTIC[world]
+    said = (runs / f"said_{world}").read_text()
+    assert f"resuming {run} from step_{HALF:08}: step {HALF} of {STEPS}" in said
+    np.testing.assert_allclose(losses(run), losses(runs / "one"), rtol=1e-5)
+    first, second = (read_state(checkpoint)["topology"] for checkpoint in checkpoints(run / "checkpoints"))
+    assert first != second
 
 
-@pytest.mark.parametrize("name", [*WORLDS, *(names[0] for names in ELASTIC.values())])
+@pytest.mark.parametrize("world", ["ddp2", "fsdp2"])
+def test_statistics_that_are_saved_are_the_mean_of_those_of_the_ranks(world: str, runs: Path) -> None:
+    saved = load_file(newest(runs / f"statistics_{world}") / "student.safetensors")
+    first, second = (load_file(runs / f"own_{world}.{rank}") for rank in range(2))
+    assert sum("running_mean" in name for name in first) > 3
+    for name, own in first.items():
+        assert not own.equal(second[name])
+        torch.testing.assert_close(saved[name], (own + second[name]) / 2)
+
+
+@pytest.mark.parametrize("name", [*WORLDS, *ELASTIC.values()])
 def test_checkpoints_hold_the_whole_network_whatever_the_sharding(name: str, runs: Path) -> None:
     for file in ("student", "student_ema", "optimizer"):
         whole, other = (load_file(newest(runs / run) / f"{file}.safetensors") for run in ("one", name))
@@ -143,7 +140,6 @@ def test_bf16_is_of_the_forward_alone(parallel: str, runs: Path) -> None:
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(runs: Path, tiny_valid: Path) -> None:
-    launch(1, [["score", str(runs / "one" / "final"), str(tiny_valid), str(runs / "scores_1")]])
     found = {path.name: json.loads(path.read_text()) for path in runs.glob("scores_*")}
     assert sorted(found) == ["scores_1.0", *(f"scores_{ranks}.{rank}" for ranks in (2, 3) for rank in range(ranks))]
     assert all(answer == found["scores_1.0"] for answer in found.values())
@@ -175,10 +171,10 @@ def test_ranks_wait_for_the_scores_longer_than_for_a_step(runs: Path) -> None:
 def test_other_size_of_batches_is_said_where_it_matters(
     tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(tiny_recipe(checkpoint={"every_steps": 2, "keep": 9}))
-    train([recipe, []])
-    train([recipe, ["train.steps=6", "train.device_batch=2"]])
+    recipe = tiny_recipe(checkpoint={"every_steps": 2, "keep": 9})
+    train(recipe)
+    train(recipe, "train.steps=6", "train.device_batch=2")
     said = " ".join(capsys.readouterr().err.split())
     assert "batch normalisation sees 2 people at a time, before 4" in said
-    train([recipe, ["train.steps=6"]])
+    train(recipe, "train.steps=6")
     assert "finished already, at step 6" in " ".join(capsys.readouterr().err.split())

@@ -7,65 +7,18 @@ import resource
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
+from jobs import DISTILL, ENVIRONMENT, PATIENCE, ROOT, children, start, start_ranks, wait_for
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
-
-ROOT = Path(__file__).parents[1]
-DISTILL = ROOT / "recipes" / "distill.py"
-ENVIRONMENT = {
-    **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "ignore",
-}  # fmt: skip
-STARTED: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        for child in children(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def children(process: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False)
-    return [int(line) for line in listed.stdout.split()]
-
-
-def start(*command: str, **environment: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env={**ENVIRONMENT, **environment}, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-    STARTED.append(process)
-    return process
-
-
-def start_ranks(recipe: Path, *, script: Path = DISTILL) -> list[subprocess.Popen[str]]:
-    """Two ranks as a launcher would start them, each with its own exit code and its own last words."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    everywhere = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(str(script), "--config", str(recipe), RANK=rank, LOCAL_RANK=rank, **everywhere) for rank in ("0", "1")
-    ]
 
 
 @pytest.fixture
@@ -263,14 +216,13 @@ def test_disk_full_at_the_metrics(
     assert [step for step, _ in curve(tmp_path / "full")] == list(range(1, 91))
 
 
-@pytest.mark.timeout(200)
 def test_disk_full_on_the_rank_that_writes_ends_both(
     short_recipe: Callable[..., Path], small_disk: Callable[[Path, str], None], tmp_path: Path
 ) -> None:
     small_disk(tmp_path / "full" / "best", "4k")
     recipe = short_recipe("full", evaluate={"every_epochs": 0.5})  # after the checkpoint of step 3
-    ranks = start_ranks(recipe)
-    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    ranks = start_ranks(DISTILL, "--config", recipe)
+    said = [rank.ends() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert "No space left on device" in said[0]
     assert "another process is gone" in said[1]
@@ -336,6 +288,35 @@ def test_data_changed_under_a_job(
     assert_intact(tmp_path / "read", step=5)
 
 
+def test_shard_removed_under_two_ranks_ends_both_with_one_message(
+    short_recipe: Callable[..., Path], own_shards: Path, tmp_path: Path
+) -> None:
+    file = images_file(own_shards)
+    script = tmp_path / "removing.py"
+    script.write_text(
+        "import itertools, os, runpy\n"
+        "from fpd_accel.student import Student\n"
+        "step, calls = Student.step, itertools.count(1)\n"
+        "def step_and_remove(self, rate):\n"
+        "    step(self, rate)\n"
+        f"    if next(calls) == 5 and os.environ['RANK'] == '1': os.unlink({str(file)!r})\n"
+        "Student.step = step_and_remove\n"
+        f"runpy.run_path({str(DISTILL)!r}, run_name='__main__')\n"
+    )
+    recipe = short_recipe(
+        "read", data={"train": str(own_shards), "valid": None, "workers": 1}, train={"steps": 100},
+        log={"every_steps": 3},
+    )  # fmt: skip
+    ranks = start_ranks(script, "--config", recipe)
+    said = [rank.ends() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "Traceback" not in said[0] + said[1]
+    message = f"{file}: was removed while the run was reading it; step_00000003 is intact"
+    assert [one.count(message) for one in said] == [1, 0], said
+    assert [one.count("error") for one in said] == [1, 0], said
+    assert_intact(tmp_path / "read", step=3)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_held_out_data_cut_short_under_a_job(
     workers: int,
@@ -375,8 +356,8 @@ def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
     recipe = short_recipe(
         "cut", data={"train": str(own_shards), "valid": None}, checkpoint={"every_steps": 3, "background": False}
     )
-    job = start(str(script), "--config", str(recipe))
-    _, said = job.communicate(timeout=100)
+    job = start(script, "--config", recipe)
+    said = job.ends()
     assert job.returncode == -signal.SIGBUS, said
     assert "Fatal Python error: Bus error" in said
     assert "stream.py" in said
@@ -426,19 +407,18 @@ def spoilt_loss(tmp_path: Path) -> Callable[[int, int], Path]:
     return write
 
 
-@pytest.mark.timeout(200)
 def test_loss_that_is_no_number_on_one_rank_ends_both_at_the_same_step(
     short_recipe: Callable[..., Path], spoilt_loss: Callable[[int, int], Path], tmp_path: Path
 ) -> None:
     recipe = short_recipe("spoilt", data={"valid": None}, log={"every_steps": 6})
-    ranks = start_ranks(recipe, script=spoilt_loss(1, 5))
-    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    ranks = start_ranks(spoilt_loss(1, 5), "--config", recipe)
+    said = [rank.ends() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert f"{tmp_path / 'spoilt'}: the loss of step 5 is nan; nothing was saved after it" in said[0]
     assert "Traceback" not in said[0] + said[1]
     assert_intact(tmp_path / "spoilt", step=3)
-    again = start_ranks(recipe)
-    said = [again[0].communicate(timeout=100)[1], again[1].communicate(timeout=100)[1]]
+    again = start_ranks(DISTILL, "--config", recipe)
+    said = [rank.ends() for rank in again]
     assert [rank.returncode for rank in again] == [0, 0], said
     assert_intact(tmp_path / "spoilt", step=6)
     assert [step for step, _ in curve(tmp_path / "spoilt")] == [1, 2, 3, 4, 5, 6]
@@ -464,7 +444,6 @@ def test_teacher_that_gives_no_numbers_ends_the_run(
 # ---- processes that end
 
 
-@pytest.mark.timeout(200)
 def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
     short_recipe: Callable[..., Path], own_shards: Path, tmp_path: Path
 ) -> None:
@@ -476,8 +455,8 @@ def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
     change_rows(
         own_shards / "images", lambda record: record if next(numbers) != image else record | {"bytes": b"no picture"}
     )
-    ranks = start_ranks(short_recipe("spoilt", data={"train": str(own_shards), "valid": None}))
-    said = [" ".join(rank.communicate(timeout=100)[1].split()) for rank in ranks]
+    ranks = start_ranks(DISTILL, "--config", short_recipe("spoilt", data={"train": str(own_shards), "valid": None}))
+    said = [rank.ends() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert "error (rank 1):" in said[1]
     assert "another process is gone" in said[0]
@@ -486,28 +465,48 @@ def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
     assert "Traceback" not in said[0] + said[1]
 
 
-@pytest.mark.timeout(250)
+@pytest.fixture
+def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A function that starts the command on two ranks, by PyTorch's own launcher."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        started.append(
+            subprocess.Popen(
+                [*launcher, str(DISTILL), *arguments], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            for each in (*children(process.pid), process.pid):
+                os.kill(each, signal.SIGKILL)
+        process.communicate()
+
+
 def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
-    short_recipe: Callable[..., Path], tmp_path: Path
+    short_recipe: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     recipe = short_recipe("torn", train={"steps": 60}, data={"valid": None}, checkpoint={"every_steps": 5})
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    job = start(*launcher, str(DISTILL), "--config", str(recipe), "train.steps=3000", "optim.schedule=constant")
+    job = torchrun("--config", str(recipe), "train.steps=40000", "optim.schedule=constant")
     metrics = tmp_path / "torn" / "metrics.jsonl"
     while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
     os.kill(max(children(job.pid)), signal.SIGKILL)  # the slow tests kill any of them, and all
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=PATIENCE)
     assert job.returncode not in (0, None)
     assert "another process is gone" in said
     assert "SIGKILL" in said  # torchrun's summary, of the one that was killed
     newest = newest_whole(tmp_path / "torn" / "checkpoints")
     assert newest is not None
     step = read_state(newest)["step"]
-    again = start(*launcher, str(DISTILL), "--config", str(recipe), f"train.steps={step + 5}")
-    _, said = again.communicate(timeout=100)
-    assert again.returncode == 0, said
+    again = start_ranks(DISTILL, "--config", recipe, f"train.steps={step + 5}")
+    assert [rank.wait() for rank in again] == [0, 0], again[0].said()
     assert [step for step, _ in curve(tmp_path / "torn")] == list(range(1, step + 6))
 
 
@@ -515,13 +514,11 @@ def test_ctrl_c_ends_the_run_without_leaving_anything_half_written(
     short_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "interrupted"
-    sections = {"train": {"steps": 3000}, "checkpoint": {"every_steps": 2}, "data": {"valid": None, "workers": 1}}
-    job = start(str(DISTILL), "--config", str(short_recipe("interrupted", **sections)))
-    while not (folder / "checkpoints").is_dir() or not list((folder / "checkpoints").glob(".step_*.writing")):
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.0005)
+    sections = {"train": {"steps": 40000}, "checkpoint": {"every_steps": 2}, "data": {"valid": None, "workers": 1}}
+    job = start(DISTILL, "--config", short_recipe("interrupted", **sections))
+    wait_for(lambda: any((folder / "checkpoints").glob(".step_*.writing")), "a checkpoint", job, every=0.0005)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does, loader processes included
-    _, said = job.communicate(timeout=60)
+    said = job.ends()
     assert job.returncode == 130, said
     assert "interrupted; the same command goes on from the last checkpoint" in said
     assert "Traceback" not in said

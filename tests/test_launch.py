@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jobs import PATIENCE
 
 from fpd_accel.errors import EXIT_PREEMPTED
 
@@ -27,7 +28,7 @@ STARTED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_running() -> Iterator[None]:
+def no_launcher_left_running() -> Iterator[None]:
     """What a failed test has left is asked to stop, and then made to."""
     yield
     while STARTED:
@@ -146,7 +147,7 @@ def launch(config: str, *options: str, recipe: str, name: str, environment: dict
 def ends_well(*processes: subprocess.Popen) -> str:
     said = ""
     for process in processes:
-        said += process.communicate(timeout=150)[1]
+        said += process.communicate(timeout=PATIENCE)[1]
     assert [process.returncode for process in processes] == [0] * len(processes), said[-3000:]
     return said
 
@@ -188,7 +189,7 @@ def local(*arguments: str, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     metrics = folder / "metrics.jsonl"
     while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
         assert process.poll() is None, process.communicate()[1]
@@ -199,13 +200,13 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("arguments", [(), ("2",), ("0", "recipe.yaml"), ("recipe.yaml", "2")])
 def test_local_asks_for_what_is_missing(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     process = local(*arguments, environment=environment)
-    assert "launch/local.sh 2 RECIPE.yaml" in process.communicate(timeout=60)[1]
+    assert "launch/local.sh 2 RECIPE.yaml" in process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 2
 
 
 def test_local_passes_a_mistake_on_and_says_it_once(recipe: str, environment: dict[str, str]) -> None:
     process = local("2", recipe, "train.stepss=3", environment=environment)
-    assert process.communicate(timeout=60)[1].count("did you mean 'steps'?") == 1
+    assert process.communicate(timeout=PATIENCE)[1].count("did you mean 'steps'?") == 1
     assert process.returncode == 2
 
 
@@ -218,7 +219,7 @@ def test_local_saves_when_asked_to_stop_and_goes_on(
     process = local("2", *arguments, "train.steps=100000", environment=environment)
     wait_for_step(tmp_path / "stopped", 5, process)
     process.send_signal(asked)
-    said = process.communicate(timeout=100)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == EXIT_PREEMPTED, said
     assert "saved at step" in said
     steps = len(losses("stopped")) + 3
@@ -236,7 +237,7 @@ def test_local_does_not_wait_for_ever_when_a_process_dies(
         ["pgrep", "--parent", str(process.pid), "python"], capture_output=True, text=True, check=True
     )
     os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGKILL
 
 

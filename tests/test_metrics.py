@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpd_accel import metrics
+from fpd_accel import metrics, similarity
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import COCO
@@ -78,6 +78,34 @@ def test_similarity_and_suppression_equal_loops_with_any_number_of_joints(joints
     assert metrics.oks_nms(keypoints, scores, areas, threshold, sigmas).tolist() == expected
     expected = slow_soft_nms(keypoints, scores, areas, 0.5, sigmas, 7)
     assert metrics.soft_oks_nms(keypoints, scores, areas, 0.5, sigmas, limit=7).tolist() == expected
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 1 << 15])
+def test_suppression_of_many_images_at_once_equals_that_of_each(pairs, monkeypatch):
+    monkeypatch.setattr(similarity, "PAIRS", pairs)  # computed in blocks
+    keypoints, scores, areas = people(count=60)
+    scores = np.round(scores, 1)  # ties
+    random = np.random.default_rng(1)
+    images = random.permutation(np.repeat([9, 4, 70, 5], [1, 30, 9, 20]))
+    groups = [np.flatnonzero(images == image) for image in sorted(set(images.tolist()))]
+    expected, softly = [], []
+    for own in groups:
+        one = keypoints[own], scores[own], areas[own]
+        expected += own[slow_nms(*one, 0.3, COCO.sigmas)].tolist()
+        softly += own[slow_soft_nms(*one, 0.3, COCO.sigmas, 12)].tolist()
+    assert len(groups) < len(expected) < 60
+    assert len(softly) == 1 + 12 + 9 + 12
+    assert metrics.oks_nms_by_image(images, keypoints, scores, areas, 0.3).tolist() == expected
+    assert metrics.soft_oks_nms_by_image(images, keypoints, scores, areas, 0.3, limit=12).tolist() == softly
+    nobody = images[:0], keypoints[:0], scores[:0], areas[:0]
+    assert metrics.oks_nms_by_image(*nobody, 0.3).tolist() == metrics.soft_oks_nms_by_image(*nobody, 0.3).tolist() == []
+
+
+def test_someone_nowhere_is_dropped_and_drops_others():
+    keypoints, scores, areas = np.zeros((3, 17, 2)), np.array([0.9, 0.8, 0.7]), np.ones(3)
+    keypoints[1:] += 100.0 * np.arange(1, 3)[:, None, None]  # far from each other
+    keypoints[1, 0] = np.nan
+    assert metrics.oks_nms(keypoints, scores, areas, 0.9).tolist() == [0, 2]
 
 
 def test_suppression_of_nobody_and_of_one_person():

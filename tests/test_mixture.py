@@ -83,14 +83,14 @@ def test_without_weights_everybody_comes_once_per_epoch(three: tuple[Shards, ...
     assert len(mixture) == len(everybody)
     for epoch in range(3):
         samples = range(epoch * len(mixture), (epoch + 1) * len(mixture))
-        places = [stream._place(sample) for sample in samples]
+        places = [stream.place(sample) for sample in samples]
         assert Counter((place.source, place.row) for place in places) == Counter(everybody)
         assert {place.epoch for place in places} == {epoch}
 
 
 def test_with_weights_everybody_of_a_dataset_comes_once_per_pass_over_it(three: tuple[Shards, ...]) -> None:
     stream = PoseStream(Mixture(three, (1, 2, 3)), input_size=(32, 24), batch_size=1, augment=Augment(), seed=4)
-    places = [stream._place(sample) for sample in range(1500)]
+    places = [stream.place(sample) for sample in range(1500)]
     for number, shards in enumerate(three):
         own = [place for place in places if place.source == number]
         passes = [own[start : start + len(shards)] for start in range(0, len(own) - len(shards), len(shards))]
@@ -105,7 +105,7 @@ def test_people_without_labels_keep_their_share_beside_a_mixture(three: tuple[Sh
     stream = PoseStream(
         Mixture(three[:2], (3, 1)), input_size=(32, 24), batch_size=1, augment=Augment(), unlabelled=three[2], share=0.2
     )
-    places = [stream._place(sample) for sample in range(1000)]
+    places = [stream.place(sample) for sample in range(1000)]
     assert Counter(place.source for place in places) == {0: 600, 1: 200, 2: 200}
     batch = stream.batch(range(60))
     assert batch.labelled is not None
@@ -169,7 +169,7 @@ def test_one_dataset_comes_in_the_order_of_always(tiny_shards: Path) -> None:
         assert joined(stream(people, 1)).rows.tolist() == rows
     assert Mixture((shards,), (7.0,)).fingerprint == shards.fingerprint
     mixed = stream(shards, 1, unlabelled=shards, share=0.5)
-    assert [place.source for place in map(mixed._place, range(4))] == [0, 1, 0, 1]
+    assert [place.source for place in map(mixed.place, range(4))] == [0, 1, 0, 1]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

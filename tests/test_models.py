@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from formula import fill_with_formula
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpd_accel.models import MODELS, ModelError, create_model, model_names
+from fpd_accel.models.vitpose import Attention
 
 PUBLISHED = [
     "hourglass_4x128",
@@ -221,3 +223,54 @@ def test_models_are_captured_as_one_graph_with_the_same_result(name: str) -> Non
         expected = model(images)[0]
         captured = torch.export.export(model, (images,)).module()(images)[0]
     assert torch.equal(captured, expected)
+
+
+def plain_attention(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Softmax attention as Dosovitskiy et al. (ICLR 2021, appendix A) write it, one head after the other."""
+    width = tokens.shape[-1]
+    query, key, value = layer.qkv(tokens).split(width, dim=-1)
+    heads = []
+    for head in range(layer.heads):
+        part = slice(head * width // layer.heads, (head + 1) * width // layer.heads)
+        similarity = query[..., part] @ key[..., part].transpose(1, 2) / (width / layer.heads) ** 0.5
+        heads.append(similarity.softmax(-1) @ value[..., part])
+    return layer.proj(torch.cat(heads, dim=-1))
+
+
+def test_attention_equals_softmax_attention_written_out() -> None:
+    torch.manual_seed(0)
+    layer, tokens = Attention(48, heads=3).eval(), 3 * torch.randn(2, 20, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(tokens), plain_attention(layer, tokens), rtol=0, atol=1e-6)  # of values near 1
+
+
+def test_attention_copies_nothing_between_its_layers() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Record(TorchDispatchMode):
+        called: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    layer, tokens = Attention(48, heads=3).eval(), torch.randn(2, 20, 48)
+    with torch.no_grad(), Record():  # inference mode does not show what attention consists of
+        layer(tokens)
+    views = {"view", "_unsafe_view", "t", "permute", "unbind", "transpose"}
+    assert set(Record.called) - views == {"addmm", "_scaled_dot_product_flash_attention_for_cpu"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flash_attention_alone_can_run_a_vision_transformer_in_bfloat16() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.manual_seed(0)
+    model, images = create_model("vitpose_s", 17).eval().cuda(), torch.randn(2, 3, 256, 192, device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it cannot
+            found = model(images)[0]
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = model(images)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))

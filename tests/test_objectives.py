@@ -248,7 +248,7 @@ def test_unlabelled_people_have_their_share_of_any_stretch_and_come_once_per_pas
     mixture: Callable[..., PoseStream], tiny_shards: Path, tiny_valid: Path
 ) -> None:
     stream = mixture()
-    places = [stream._place(sample) for sample in range(2000)]
+    places = [stream.place(sample) for sample in range(2000)]
     for first in range(0, 1900, 37):
         count = sum(place.source for place in places[first : first + 100])
         assert count in (29, 30, 31)

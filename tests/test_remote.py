@@ -4,12 +4,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from jobs import killing_itself, launch, start, wait_for
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, read_state
@@ -34,9 +33,9 @@ from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.data.window import WINDOWS_KEPT, StreamedShards, open_training
 from fpd_accel.errors import CheckpointError, ConfigError, DataError
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 SMALL = (32, 24)  # (height, width) of crops where their content does not matter
+STEPS = 14  # of four people each, of whom there are 27: into the third epoch
 WINDOW = 2  # row groups of one image: few enough for images to come and go
 
 
@@ -44,7 +43,6 @@ WINDOW = 2  # row groups of one image: few enough for images to come and go
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and downloads that fail at once."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))  # of processes that a test starts
     monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
     return tmp_path / "cache" / "fpd_accel"
 
@@ -484,10 +482,7 @@ def test_workers_fetch_the_next_window_ahead_and_share_what_they_fetch(server: S
     batches = iter(make_loader(stream(shards, batch_size=2, stop=own), 2, CPU))
     next(batches)
     ahead = [folder / f"{group:06}.arrow" for group in windows[1]]
-    deadline = time.monotonic() + 20
-    while not all(path.is_file() for path in ahead) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(path.is_file() for path in ahead)
+    wait_for(lambda: all(path.is_file() for path in ahead), "the row groups of the next window")
 
 
 def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -> None:
@@ -596,31 +591,68 @@ def test_a_run_on_a_url_is_the_run_on_local_shards(
     assert [row[0] for row in curve(tmp_path / "url")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_run_on_a_stream_resumes_bit_for_bit(
-    server: Server, tiny_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    def write(name: str) -> Path:
+@pytest.fixture
+def streaming_recipe(server: Server, tiny_recipe: Callable[..., Path]) -> Callable[..., Path]:
+    """A function that writes the recipe of a run on a stream, of two epochs and a bit."""
+
+    def write(name: str, **train: Any) -> Path:
         return tiny_recipe(
             file_name=f"{name}.yaml",
             run={"name": name},
             data={"train": f"{server.url}/train", "workers": 2, "streaming": True, "stream_window": WINDOW},
-            train={"steps": 14},  # 56 of 34 people: into the second epoch
+            train={"steps": STEPS, **train},
             evaluate={"every_epochs": None},
             checkpoint={"every_steps": 3},
         )
 
-    train(write("whole"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "recipes" / "distill.py"), "--config", str(write("killed"))]
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert 3 <= read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] < 14
+    return write
+
+
+def test_a_killed_run_on_a_stream_resumes_bit_for_bit(streaming_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    train(streaming_recipe("whole"))
+    script = killing_itself(tmp_path, step=5)
+    job = start(script, "--config", streaming_recipe("killed"), "checkpoint.background=false", **cache_of(tmp_path))
+    assert job.wait() == -signal.SIGKILL, job.said()
+    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] == 3
     train(tmp_path / "killed.yaml")
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_ranks_on_a_stream_go_on_where_they_were_stopped(
+    streaming_recipe: Callable[..., Path], published: Path, tmp_path: Path
+) -> None:
+    """Each of two workers: whom the networks of both see, everybody once per epoch, and what they make of it."""
+    # Statistics would come back as a mean: without training them the ends are equal bit for bit.
+    recipes = {name: str(streaming_recipe(name, freeze_norm=True)) for name in ("whole", "halves")}
+    half = 5  # steps: in the middle of an epoch, and not at a checkpoint
+    notes = {name: str(tmp_path / f"people_{name}") for name in recipes}
+    tasks = [["train_noting_people", recipe, [], notes[name]] for name, recipe in recipes.items()]
+    stopped = ["train_noting_people", recipes["halves"], [], notes["halves"], half]
+    said = launch(2, [stopped, *tasks], **cache_of(tmp_path))
+    resumed = re.search(rf"resuming {tmp_path / 'halves'} from step_(\d+): step \d+ of {STEPS}", said)
+    assert resumed is not None
+    assert half <= int(resumed[1]) < STEPS
+    rows = {name: [seen_by(f"{notes[name]}.{rank}") for rank in range(2)] for name in recipes}
+    assert rows["halves"] == rows["whole"]
+    in_order = [row for step in zip(*rows["whole"], strict=True) for batch in step for row in batch]
+    people = Shards(published).usable.tolist()
+    people = Shards(published).usable.tolist()
+    epochs = [in_order[first : first + len(people)] for first in range(0, 4 * STEPS, len(people))]
+    assert sum(map(len, epochs)) == len(in_order) == 4 * STEPS
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch)
+        assert len(epoch) < len(people) or sorted(epoch) == people
+    assert len(epochs) > 2
+    assert_same_end(tmp_path / "whole", tmp_path / "halves")
+
+
+def seen_by(notes: str) -> list[list[int]]:
+    return [json.loads(line) for line in Path(notes).read_text().splitlines()]
+
+
+def cache_of(folder: Path) -> dict[str, str]:
+    """For jobs: the cache of the test."""
+    return {"HF_DATASETS_CACHE": str(folder / "cache")}
 
 
 def test_a_run_whose_stream_breaks_off_ends_with_one_line_and_keeps_its_checkpoint(

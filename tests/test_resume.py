@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from jobs import killing_itself, start
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
@@ -19,34 +18,58 @@ from fpd_accel.config import load_recipe
 from fpd_accel.errors import CheckpointError, Preempted
 from fpd_accel.stop import StopRequest
 
-ROOT = Path(__file__).parents[1]
 CURVE = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
 
 
-@pytest.fixture
-def distilling(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A function that writes the recipe of a distillation of 12 steps with every part of the state in use."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid: Path) -> Path:
+    """A distillation of 12 steps with every part of the state in use, that nothing has disturbed; beside it its parts.
+
+    Those are the recipe, ``recipe.yaml``, and ``teacher``.
+    """
     from fpd_accel.model_folder import ModelConfig, save_model
     from fpd_accel.models import create_model
     from fpd_accel.skeleton import COCO
 
+    root = tmp_path_factory.mktemp("distilled")
     config = ModelConfig(arch="tiny_w16", skeleton=COCO, input_size=(64, 64))
-    save_model(tmp_path / "teacher", create_model("tiny_w16", 17).state_dict(), config)
+    save_model(root / "teacher", create_model("tiny_w16", 17).state_dict(), config)
+    values = {
+        "run": {"name": "whole", "root": str(root)},
+        "data": {"train": str(tiny_shards), "valid": str(tiny_valid), "input_size": [64, 64], "workers": 1},
+        "student": {"arch": "tiny_w8"},
+        "teacher": {"weights": str(root / "teacher")},
+        "distill": {"mode": "fpd"},
+        "train": {"steps": 12, "global_batch": 4, "ema_decay": 0.9},
+        "optim": {"name": "adamw", "lr": 0.001, "weight_decay": 0.01, "schedule": "cosine"},
+        "evaluate": {"batch": 4, "every_epochs": 0.3},
+        "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
+        "checkpoint": {"every_steps": 3, "keep": 3},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    train(root / "recipe.yaml")
+    return root / "whole"
+
+
+@pytest.fixture
+def distilling(whole: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """A function that writes the recipe of the same distillation under another name, with a teacher of the test's."""
+    shutil.copytree(whole.with_name("teacher"), tmp_path / "teacher")
 
     def write(name: str) -> Path:
-        return tiny_recipe(
-            file_name=f"{name}.yaml",
-            run={"name": name},
-            data={"workers": 1},
-            teacher={"weights": str(tmp_path / "teacher")},
-            distill={"mode": "fpd"},
-            train={"steps": 12, "ema_decay": 0.9},
-            optim={"name": "adamw", "weight_decay": 0.01, "schedule": "cosine"},
-            evaluate={"every_epochs": 0.3},
-            checkpoint={"every_steps": 3, "keep": 3},
-        )
+        values = yaml.safe_load(whole.with_name("recipe.yaml").read_text(encoding="utf-8"))
+        values |= {"run": {"name": name, "root": str(tmp_path)}, "teacher": {"weights": str(tmp_path / "teacher")}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        return tmp_path / f"{name}.yaml"
 
     return write
+
+
+@pytest.fixture
+def distilled(distilling: Callable[[str], Path], whole: Path, tmp_path: Path) -> Path:
+    """The recipe of a copy of the distillation, to do something to: it has come to its end, as ``run``."""
+    shutil.copytree(whole, tmp_path / "run")
+    return distilling("run")
 
 
 def curve(directory: Path) -> list[list[float]]:
@@ -69,19 +92,13 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(ends[0][key].equal(ends[1][key]) for key in ends[0]), name
 
 
-def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], tmp_path: Path) -> None:
-    train(distilling("whole"))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(ROOT / "recipes" / "distill.py"), "--config", str(distilling("killed"))]
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (metrics.exists() and '"step": 5' in metrics.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
-    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] >= 3
+def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], whole: Path, tmp_path: Path) -> None:
+    script = killing_itself(tmp_path, step=5)
+    job = start(script, "--config", distilling("killed"), "checkpoint.background=false")  # else step 3 might be late
+    assert job.wait() == -signal.SIGKILL, job.said()
+    assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] == 3
     train(tmp_path / "killed.yaml")
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_same_end(whole, tmp_path / "killed")
 
 
 def test_evaluation_that_a_stop_left_out_is_made_up_for(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -103,26 +120,22 @@ def test_evaluation_that_a_stop_left_out_is_made_up_for(tiny_recipe: Callable[..
     assert evaluations[0] == evaluations[1]
 
 
-def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilled: Path, whole: Path, tmp_path: Path) -> None:
     from fpd_accel.run import run
 
-    train(distilling("whole"))
-    train(distilling("named"))
-    shutil.rmtree(tmp_path / "named" / "checkpoints" / "step_00000012")
-    run(load_recipe(tmp_path / "named.yaml"), resume=str(tmp_path / "named" / "checkpoints" / "step_00000006"))
-    assert_same_end(tmp_path / "whole", tmp_path / "named")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000012")
+    run(load_recipe(distilled), resume=str(tmp_path / "run" / "checkpoints" / "step_00000006"))
+    assert_same_end(whole, tmp_path / "run")
 
 
 def test_what_is_newer_than_a_named_checkpoint_is_set_aside(
-    distilling: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilled: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fpd_accel.run import run
 
-    train(distilling("whole"))
-    train(distilling("named"))
-    folder = tmp_path / "named" / "checkpoints"
+    folder = tmp_path / "run" / "checkpoints"
     flip_bit(folder / "step_00000012" / "student.safetensors")
-    recipe = load_recipe(tmp_path / "named.yaml", ["checkpoint.save_every_minutes=1e-9", "checkpoint.every_steps=100"])
+    recipe = load_recipe(distilled, ["checkpoint.save_every_minutes=1e-9", "checkpoint.every_steps=100"])
     stop = StopRequest()
     stop.name = "SIGTERM"  # after one step
     with pytest.raises(Preempted):
@@ -131,8 +144,8 @@ def test_what_is_newer_than_a_named_checkpoint_is_set_aside(
     assert {path.name for path in (folder / "set_aside").iterdir()} == {"step_00000009", "step_00000012"}
     assert (folder / "latest").read_text() == "step_00000007\n"
     assert "step_00000012: the run goes on from step 6, before it; moved to" in capsys.readouterr().err
-    train(tmp_path / "named.yaml")
-    assert_same_end(tmp_path / "whole", tmp_path / "named")
+    train(distilled)
+    assert_same_end(whole, tmp_path / "run")
 
 
 def test_pointer_that_a_killed_run_left_behind_is_mended(finished: Path, tmp_path: Path) -> None:
@@ -142,25 +155,23 @@ def test_pointer_that_a_killed_run_left_behind_is_mended(finished: Path, tmp_pat
     assert (run / "checkpoints" / "latest").read_text() == "step_00000004\n"
 
 
-def test_checkpoint_of_another_run_is_refused(distilling: Callable[[str], Path], tmp_path: Path) -> None:
+def test_checkpoint_of_another_run_is_refused(distilling: Callable[[str], Path], whole: Path, tmp_path: Path) -> None:
     from fpd_accel.run import run
 
-    train(distilling("first"))
     other = distilling("other")
     with pytest.raises(CheckpointError, match="of another run"):
-        run(load_recipe(other, ["run.seed=5"]), resume=str(tmp_path / "first" / "checkpoints" / "step_00000012"))
+        run(load_recipe(other, ["run.seed=5"]), resume=str(whole / "checkpoints" / "step_00000012"))
     assert not (tmp_path / "other").exists()
 
 
 def test_scores_of_another_protocol_do_not_count(
-    distilling: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, folder = distilling("run"), tmp_path / "run"
-    train(recipe)
+    folder = tmp_path / "run"
     assert json.loads((folder / "best" / "config.json").read_text())["source"]["protocol"]["flip_test"] is True
     evaluations = (folder / "metrics.jsonl").read_text().count('"kind": "valid"')
     capsys.readouterr()
-    train(recipe, "evaluate.flip_test=false")
+    train(distilled, "evaluate.flip_test=false")
     assert "earlier scores do not count" in capsys.readouterr().err
     assert (folder / "metrics.jsonl").read_text().count('"kind": "valid"') == evaluations + 1
     source = json.loads((folder / "best" / "config.json").read_text())["source"]
@@ -172,13 +183,12 @@ def test_scores_of_another_protocol_do_not_count(
     [{"normalization": {"color": "bgr"}}, {"codec": {"name": "heatmap", "sigma": 3.0}}, {"codec": {"name": "dark"}}],
 )
 def test_teacher_who_means_something_else_by_the_same_weights_is_another(
-    change: dict, distilling: Callable[[str], Path], tmp_path: Path
+    change: dict, distilled: Path, tmp_path: Path
 ) -> None:
-    recipe, description = distilling("run"), tmp_path / "teacher" / "config.json"
-    train(recipe, "train.steps=3", "optim.schedule=constant")
+    description = tmp_path / "teacher" / "config.json"
     description.write_text(json.dumps({**json.loads(description.read_text()), **change}))
     with pytest.raises(CheckpointError, match="the teacher is not what this run was begun with"):
-        train(recipe, "train.steps=6", "optim.schedule=constant")
+        train(distilled)
 
 
 def flip_bit(path: Path) -> None:
@@ -246,9 +256,8 @@ def test_no_whole_checkpoint_at_all_is_an_error(finished: Path, tmp_path: Path) 
         newest_whole(run / "checkpoints")
 
 
-def test_checkpoint_has_no_teacher_and_no_pickle(distilling: Callable[[str], Path], tmp_path: Path) -> None:
-    train(distilling("kept"))
-    folder = checkpoints(tmp_path / "kept" / "checkpoints")[-1]
+def test_checkpoint_has_no_teacher_and_no_pickle(whole: Path) -> None:
+    folder = checkpoints(whole / "checkpoints")[-1]
     names = {path.name for path in folder.iterdir()}
     assert names == {
         "student.safetensors", "student_ema.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json",
@@ -259,8 +268,8 @@ def test_checkpoint_has_no_teacher_and_no_pickle(distilling: Callable[[str], Pat
     assert load_file(folder / "student.safetensors").keys() == student.keys()
     state = json.loads((folder / "state.json").read_text())
     assert {"step", "samples", "seed", "topology", "recipe_sha256", "teacher_sha256", "versions"} <= state.keys()
-    assert len(checkpoints(tmp_path / "kept" / "checkpoints")) == 3
-    assert (tmp_path / "kept" / "checkpoints" / "latest").read_text().strip() == folder.name
+    assert len(checkpoints(whole / "checkpoints")) == 3
+    assert (whole / "checkpoints" / "latest").read_text().strip() == folder.name
 
 
 def test_longer_run_goes_on_where_the_schedule_allows_it(finished: Path, tmp_path: Path) -> None:
@@ -269,25 +278,19 @@ def test_longer_run_goes_on_where_the_schedule_allows_it(finished: Path, tmp_pat
     assert [row[0] for row in curve(tmp_path / "done")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_longer_run_is_refused_where_it_would_change_steps_already_taken(
-    distilling: Callable[[str], Path], tmp_path: Path
-) -> None:
-    train(distilling("cosine"))
+def test_longer_run_is_refused_where_it_would_change_steps_already_taken(distilled: Path) -> None:
     with pytest.raises(CheckpointError, match="already taken"):
-        train(tmp_path / "cosine.yaml", "train.steps=20")
+        train(distilled, "train.steps=20")
 
 
-def test_other_data_and_other_teacher_are_refused(
-    distilling: Callable[[str], Path], tiny_valid: Path, tmp_path: Path
-) -> None:
+def test_other_data_and_other_teacher_are_refused(distilled: Path, tiny_valid: Path, tmp_path: Path) -> None:
     from fpd_accel.model_folder import read_model_config, save_model
     from fpd_accel.models import create_model
 
-    train(distilling("strict"), "train.steps=3")
     with pytest.raises(CheckpointError, match="is not what this run was begun with"):
-        train(tmp_path / "strict.yaml", "train.steps=3", f"data.train={tiny_valid}")
+        train(distilled, f"data.train={tiny_valid}")
     config = read_model_config(tmp_path / "teacher")
-    torch.manual_seed(12345)  # the run above seeded the generator: without this the teacher would be the same again
+    torch.manual_seed(12345)  # a run seeds the generator: without this the teacher might be the same again
     save_model(tmp_path / "teacher", create_model("tiny_w16", 17).state_dict(), config)
     with pytest.raises(CheckpointError, match="the teacher is not what this run was begun with"):
-        train(tmp_path / "strict.yaml", "train.steps=3")
+        train(distilled)

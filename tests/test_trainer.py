@@ -1,23 +1,19 @@
 """The loop: what a run leaves behind, what stops it, and that the number of processes does not matter."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jobs import DISTILL, start_ranks
 
 from fpd_accel.checkpoint import checkpoints
 from fpd_accel.config import Distill, Optim, load_recipe
 from fpd_accel.errors import TrainingError
 from fpd_accel.optim import create_optimizer, learning_rate, parameter_groups, teacher_share
 from fpd_accel.weights import read_tensors
-
-ROOT = Path(__file__).parents[1]
 
 
 def train(recipe: Path, *overrides: str) -> None:
@@ -105,24 +101,15 @@ def test_accumulation_gives_the_losses_of_one_large_batch(tiny_recipe: Callable[
     np.testing.assert_allclose(*curves, rtol=1e-5)  # relative
 
 
-@pytest.mark.timeout(200)
 def test_two_processes_see_the_same_people_and_give_the_same_losses_as_one(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     sections = {"train": {"freeze_norm": True, "steps": 5, "clip_norm": 1.0}, "optim": {"lr": 0.003}}
     train(tiny_recipe(run={"name": "one"}, **sections))
     two = tiny_recipe(run={"name": "two"}, **sections)
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "recipes" / "distill.py"), "--config", str(two)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 x 2" in done.stderr
+    ranks = start_ranks(DISTILL, "--config", two)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said()
+    assert "2 x 2" in ranks[0].said()
     curves = [[r["train_loss"] for r in records(tmp_path / name, "train")] for name in ("one", "two")]
     np.testing.assert_allclose(*curves, rtol=1e-5)  # relative
     ends = [records(tmp_path / name, "valid")[-1]["valid_AR"] for name in ("one", "two")]

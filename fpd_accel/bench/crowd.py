@@ -8,7 +8,8 @@ import os
 import shutil
 from array import array
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -23,20 +24,34 @@ from fpd_accel.errors import DataError
 from fpd_accel.log import say, track
 from fpd_accel.skeleton import COCO
 
-HEIGHT, WIDTH = 120, 160  # pixels of a picture
 PICTURES = 64  # different ones; each image has its own row and its own bytes in it all the same
 PEOPLE_PER_IMAGE = 2.5  # as in COCO's training images
 ROWS = 10_000  # written at a time
-BYTES_PER_PERSON = 5000  # on the disk while shards are written, twice what they take in the end
 
 
-def draw_crowd(folder: Path, people: int) -> Shards:
+@dataclass(frozen=True)
+class Pictures:
+    """What the images of a crowd are."""
+
+    name: str
+    height: int  # pixels
+    width: int
+    grain: float  # grey levels, standard deviation of each pixel's noise: what makes a photograph large as a JPEG
+    bytes_per_person: int  # on the disk while shards are written, twice what they take in the end
+
+
+SMALL = Pictures("people", 120, 160, grain=0, bytes_per_person=5000)  # for what hangs on the number of people
+PHOTOGRAPHS = Pictures("photographs", 480, 640, grain=9, bytes_per_person=140_000)  # as COCO's: 160 kB each
+PHOTOGRAPHED = 640  # people in enough of them to measure with
+
+
+def draw_crowd(folder: Path, people: int, *, pictures: Pictures = SMALL) -> Shards:
     """Shards of ``people`` usable people in ``folder``, as they were left there or written now.
 
     Raises:
         DataError: the folder cannot be made, or there is no room in it.
     """
-    output = folder / f"people_{people}"
+    output = folder / f"{pictures.name}_{people}"
     if (output / "dataset.json").is_file():
         return Shards(output)
     try:
@@ -44,17 +59,18 @@ def draw_crowd(folder: Path, people: int) -> Shards:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}; choose another --cache") from None
-    if free < people * BYTES_PER_PERSON:
+    needed = people * pictures.bytes_per_person
+    if free < needed:
         raise DataError(
-            f"{folder}: {people} people need {people * BYTES_PER_PERSON / 1e9:.1f} GB, but {free / 1e9:.1f} are free; "
+            f"{folder}: {people} people need {needed / 1e9:.1f} GB, but {free / 1e9:.1f} are free; "
             "choose another --cache, or a lower --people"
         )
     say(f"writing shards of {people} people into {output}")
     images = math.ceil(people / PEOPLE_PER_IMAGE)
     with ShardWriter(output, COCO) as writer:
-        _write(writer.staging / "images", _images, images, IMAGE_FEATURES)
-        _write(writer.staging / "people", _people, people, people_features(COCO.num_keypoints))
-        writer.digest.update(f"a crowd of {people}".encode())
+        _write(writer.staging / "images", partial(_images, pictures), images, IMAGE_FEATURES)
+        _write(writer.staging / "people", partial(_people, pictures), people, people_features(COCO.num_keypoints))
+        writer.digest.update(f"a crowd of {people} {pictures}".encode())
         writer.counts = {"images": images, "people": people, "usable": people}
         writer.usable_rows = array("i", range(people))
         writer.finish(source={"drawn by": "fpd-accel bench"}, skipped={})
@@ -77,31 +93,37 @@ def _write(folder: Path, table: Callable[[np.ndarray], pa.Table], rows: int, fea
             os.fsync(written.fileno())
 
 
-def _images(rows: np.ndarray) -> pa.Table:
+def _images(pictures: Pictures, rows: np.ndarray) -> pa.Table:
+    encoded = _encoded(pictures)
     return pa.table(
         {
             "id": rows,
             "file_name": [f"{row:012d}.jpg" for row in rows],
-            "width": np.full(len(rows), WIDTH),
-            "height": np.full(len(rows), HEIGHT),
-            "bytes": [_pictures()[row % PICTURES] for row in rows],
+            "width": np.full(len(rows), pictures.width),
+            "height": np.full(len(rows), pictures.height),
+            "bytes": [encoded[row % PICTURES] for row in rows],
         }
     )
 
 
 @cache
-def _pictures() -> list[bytes]:
-    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 6, 8, 3), dtype=np.uint8)
-    pictures = [cv2.resize(small, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC) for small in noise]
-    return [cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures]
+def _encoded(pictures: Pictures) -> list[bytes]:
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (PICTURES, 6, 8, 3), dtype=np.uint8)
+    size = pictures.width, pictures.height
+    drawn = [cv2.resize(small, size, interpolation=cv2.INTER_CUBIC) for small in noise]
+    if pictures.grain:  # of brightness alone, as most of a sensor's that is left by its software
+        shape = (pictures.height, pictures.width, 1)
+        drawn = [np.clip(one + generator.normal(0, pictures.grain, shape), 0, 255).astype(np.uint8) for one in drawn]
+    return [cv2.imencode(".jpg", picture)[1].tobytes() for picture in drawn]
 
 
-def _people(rows: np.ndarray) -> pa.Table:
+def _people(pictures: Pictures, rows: np.ndarray) -> pa.Table:
     """Everybody's keypoints are visible and in the box, which is in the picture."""
     generator = np.random.default_rng(rows[0])
     number, joints = len(rows), COCO.num_keypoints
-    width, height = 50, 80  # pixels
-    corners = generator.uniform(0, (WIDTH - width, HEIGHT - height), (number, 2))
+    width, height = pictures.width * 5 // 16, pictures.height * 2 // 3
+    corners = generator.uniform(0, (pictures.width - width, pictures.height - height), (number, 2))
     points = corners[:, None] + generator.uniform(0, (width, height), (number, joints, 2))
     boxes = np.concatenate([corners, np.full((number, 2), (width, height))], axis=1)
     keypoints = np.concatenate([points, np.full((number, joints, 1), 2)], axis=2)
@@ -113,7 +135,7 @@ def _people(rows: np.ndarray) -> pa.Table:
             "image_row": images,
             "box": pa.FixedSizeListArray.from_arrays(boxes.astype(np.float32).ravel(), 4),
             "keypoints": pa.FixedSizeListArray.from_arrays(keypoints.astype(np.float32).ravel(), 3 * joints),
-            "area": np.full(number, 2000.0),
+            "area": np.full(number, width * height / 2),
             "crowd": np.zeros(number, dtype=bool),
             "score": np.ones(number),
             "unused": [""] * number,

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fpd_accel.bench.environment import describe, environment
+from fpd_accel.bench.loaders import show_loaders
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.log import results, track
@@ -25,14 +26,20 @@ RATE_WORKERS = (0, 1, 2)
 Value = float | None  # None: not to be known on this system
 
 
-def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 100) -> dict[str, Any]:
+def bench_data(
+    datasets: Sequence[Shards], *, batch: int = 32, batches: int = 100, photographs: Sequence[Shards] | None = None
+) -> dict[str, Any]:
     """The measurements of some datasets, for JSON and for :func:`show_data`.
+
+    Our loader is compared with the published one on ``photographs``, whose images should be as large as real ones;
+    None: on the datasets themselves.
 
     Raises:
         DataError: a dataset cannot be read.
     """
-    for shards in datasets:
-        if not len(shards):
+    compared = datasets if photographs is None else photographs
+    for shards in (*datasets, *compared):
+        if not shards.description["counts"]["usable"]:  # opened here, files would stay in memory
             raise DataError(f"{shards.path}: has nobody that could be cropped, so there is nothing to measure")
     workers = sorted({*MEMORY_WORKERS, *RATE_WORKERS})
     measurements = [temperature for temperature in _temperatures() for _ in range(OPENINGS)]
@@ -43,11 +50,17 @@ def bench_data(datasets: Sequence[Shards], *, batch: int = 32, batches: int = 10
     found: list[list[dict[str, Any]]] = [[] for _ in datasets]
     for number, arguments in track(jobs, "measuring", total=len(jobs)):
         found[number].append(_probe(arguments) | {"cold": "--cold" in arguments})
+    comparing = ["--compare", f"--batch={batch}", f"--batches={batches}"]
+    loaders = [
+        {"path": str(shards.path), "people": len(shards), "compared": _probe([str(shards.path), *comparing])}
+        for shards in track(compared, "comparing loaders", total=len(compared))
+    ]
     return {
         "bench": "data",
         "environment": environment(),
         "settings": {"batch": batch, "batches": batches, "openings": OPENINGS},
         "datasets": [_gathered(shards, own) for shards, own in zip(datasets, found, strict=True)],
+        "loaders": loaders,
     }
 
 
@@ -102,6 +115,8 @@ def show_data(report: dict[str, Any]) -> None:
         "system drops when it needs room",
         soft_wrap=True,
     )
+    for one in report["loaders"]:
+        show_loaders(one["path"], one["people"], one["compared"])
     results.print(escape(describe(report["environment"])), soft_wrap=True)
 
 

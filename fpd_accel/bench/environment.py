@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fpd_accel.log import available_cores
 from fpd_accel.run_directory import PACKAGES
 
 
@@ -18,7 +19,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in (*PACKAGES, "pyarrow")},
         "system": platform.platform(),
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "load": round(os.getloadavg()[0], 2),  # of the last minute, by whomever: other work makes rates lower
     }

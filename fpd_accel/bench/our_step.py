@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fpd_accel.bench.reference_step import ALPHA
 from fpd_accel.codecs import PoseCodec
 from fpd_accel.config import Optim, Train
-from fpd_accel.data.batch import Batch
+from fpd_accel.data.batch import Batch, DeviceCopy
 from fpd_accel.decode import accuracy
 from fpd_accel.distill import Distiller
 from fpd_accel.losses import Losses
@@ -33,7 +33,6 @@ class OurStep:
         *,
         codec: PoseCodec,
         train: Train,
-        compile: bool = False,
         rate: float = 1e-3,
     ) -> None:
         self.accelerator, self.rate = accelerator, rate
@@ -41,8 +40,13 @@ class OurStep:
         precision = torch.bfloat16 if train.precision == "bf16" else torch.float32
         if train.channels_last:
             teacher = teacher.to(memory_format=torch.channels_last)
-        lecturer = Teacher(teacher, device=accelerator.device, precision=precision, compile=compile)
+        lecturer = Teacher(
+            teacher, device=accelerator.device, precision=precision, compile=train.compile, fold_norm=True
+        )
         self.distiller = Distiller(self.learner.model, lecturer, codec, ALPHA)
+        if self.learner.compiled != "none":
+            self.distiller.compile(student=self.learner.compiled == "whole")
+        self.copy = DeviceCopy(accelerator.device)
         self.learner.train()
 
     @property
@@ -56,7 +60,7 @@ class OurStep:
         return self.distiller.teacher.model
 
     def forward(self, batch: Batch) -> Losses:
-        return self.distiller(batch.to(self.accelerator.device))
+        return self.distiller(self.copy(batch))
 
     def backward(self, losses: Losses) -> None:
         self.accelerator.backward(losses.total)
@@ -76,10 +80,13 @@ class OurStep:
         return torch.stack([losses.total.detach(), losses.pose, losses.kd, accuracy(losses.predicted, losses.target)])
 
     def staged(self, batch: Batch, mark: Callable[[str], None]) -> list[float]:
-        """The same step piece by piece: ``mark`` is called with the name of each of ``STAGES`` when it is over."""
+        """The same step piece by piece: ``mark`` is called with the name of each of ``STAGES`` when it is over.
+
+        A graph of student and losses together has no pieces: where that is compiled, those stages are run without it.
+        """
         distiller, teacher = self.distiller, self.distiller.teacher
         assert teacher is not None
-        batch = batch.to(self.accelerator.device)
+        batch = self.copy(batch)
         mark("copy")
         images = distiller.normalization(batch.crops)
         encoded = distiller.codec.encode(batch.keypoints, batch.visible)

@@ -21,8 +21,8 @@ from fpd_accel.errors import UserError
 from fpd_accel.log import fail
 
 REPEATS = 3  # first batches, of which the median counts
-FAR = 0.9  # of an epoch: where a run that is resumed goes on
 INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
+FAR = 0.9  # of an epoch: where a run that is resumed goes on
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
@@ -43,13 +43,19 @@ def memory(pid: int | str = "self") -> dict[str, float] | None:
 def time_opening(path: str, *, cold: bool) -> dict[str, Any]:
     """Seconds until people can be read; ``cold``: of files that are not in memory."""
     if cold:
-        for file in Path(path).rglob("*.arrow"):
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for file in filter(Path.is_file, Path(path).rglob("*")):
+            evict(file)
     began = time.perf_counter()
     shards = Shards(path)
     shards.open()
     return {"seconds": time.perf_counter() - began, "people": len(shards), "images": len(shards.images)}
+
+
+def evict(file: Path) -> None:
+    """Let the system forget what it has of a file in memory, once that is on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[str, Any]:
@@ -92,11 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("shards")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--workers", type=int, help="measure loading; default: opening")
+    parser.add_argument("--compare", action="store_true", help="measure our loader against the published one")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=100)
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.workers is None:
+        if chosen.compare:
+            from fpd_accel.bench.loaders import compare_loaders  # what it imports would be counted as memory of ours
+
+            found = compare_loaders(
+                Shards(chosen.shards), input_size=INPUT_SIZE, batch=chosen.batch, batches=chosen.batches
+            )
+        elif chosen.workers is None:
             found = time_opening(chosen.shards, cold=chosen.cold)
         else:
             found = time_loading(chosen.shards, workers=chosen.workers, batch=chosen.batch, batches=chosen.batches)

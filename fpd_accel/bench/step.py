@@ -29,7 +29,7 @@ from fpd_accel.bench.roofline import Ceilings, Pass, step_passes, summary
 from fpd_accel.bench.step_inputs import JOINTS, calm, choose_device, choose_precision, host_made, make_batch
 from fpd_accel.bench.step_probe import Memory, Stopwatch, count_kernels
 from fpd_accel.codecs import HeatmapCodec, create_codec
-from fpd_accel.config import Codec, Train
+from fpd_accel.config import Codec, Compile, Train
 from fpd_accel.data.batch import Batch
 from fpd_accel.errors import ModelError
 from fpd_accel.log import say, track
@@ -67,7 +67,7 @@ class StepBench:
         "auto"  # of b and c: fp32, bf16, or bf16 where the hardware multiplies it
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
-    compile: bool = False
+    compile: Compile = "none"  # of ours
     seed: int = 0
 
 
@@ -200,10 +200,8 @@ def _contestant(name: str, ground: Ground, batch: int) -> Contestant:
     student, teacher = (copy.deepcopy(network) for network in ground.networks)
     device = ground.accelerator.device
     if name == "c":
-        train = Train(global_batch=batch, precision=ground.precision)
-        return OurStep(
-            student, teacher, ground.accelerator, codec=ground.codec, train=train, compile=ground.bench.compile
-        )
+        train = Train(global_batch=batch, precision=ground.precision, compile=ground.bench.compile)
+        return OurStep(student, teacher, ground.accelerator, codec=ground.codec, train=train)
     if name == "b":
         return PlainStep(student, teacher, device, precision=DTYPES[ground.precision])
     return PublishedStep(student, teacher, device, teacher_gradients=name == "a")

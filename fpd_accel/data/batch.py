@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from torch import Tensor
 
 
@@ -22,6 +22,10 @@ class Batch:
     sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
     rows: Int64[Tensor, " batch"]  # of the people in their shards; of a mixture, in those that each is from
     labelled: Float[Tensor, " batch"] | None = None  # 1 or 0 where people without labels are mixed in; None: all are
+    lessons: Shaped[Tensor, "batch stage joint heatmap_height heatmap_width"] | None = (
+        None  # as the teacher's cache has
+    )
+    scales: Float32[Tensor, "batch stage joint 2"] | None = None  # what belongs to them in uint8 (see lessons.py)
 
     def __len__(self) -> int:
         return self.crops.shape[0]
@@ -33,10 +37,37 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory from other uses until what this stream was given so far is done."""
+        for tensor in self._tensors().values():
+            tensor.record_stream(stream)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
         return dataclasses.replace(self, **changed)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+class DeviceCopy:
+    """Brings batches to a device. To a GPU on a stream of their own: the copy runs beside the step before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch; whoever computes on the current stream need not wait for it."""
+        if self._stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._stream):
+            copied = batch.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        copied.record_stream(current)
+        return copied
 
 
 @dataclass(frozen=True)

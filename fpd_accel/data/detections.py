@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,9 +188,17 @@ class Detections(Shards):
     def people(self) -> Any:
         return self._people
 
+    def columns(self, names: Iterable[str], rows: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
+        found = self._people[slice(None) if rows is None else list(rows)]
+        return {name: found[name] for name in names}
+
     @cached_property
     def usable(self) -> np.ndarray:
         return np.arange(len(self._people))
+
+    @cached_property
+    def image_rows(self) -> np.ndarray:
+        return self._people.columns["image_row"]
 
     @cached_property
     def num_images(self) -> int:

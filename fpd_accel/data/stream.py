@@ -8,7 +8,7 @@ datasets with labels divide what is left in the same way (see ``mixture.py``), e
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import cv2
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fpd_accel.augment import Geometry, draw_geometry, sample_generator
+from fpd_accel.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
-from fpd_accel.data.shards import Shards, decode_image
+from fpd_accel.data.order import by_image
+from fpd_accel.data.shards import LABELS, Shards, StoredImage, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
-from fpd_accel.stop import outlive_stop
+from fpd_accel.stop import end_process, outlive_stop
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Source:
     shards: Shards
     number: int
     labelled: bool = True
+    group_by_image: bool = False
     order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)))
 
     def place(self, sample: int, *, seed: int | None) -> Place:
@@ -49,19 +52,21 @@ class Source:
         epoch, position = divmod(sample, len(self.shards))
         if seed is not None:
             if self.order[0] != epoch:
-                self.order = epoch, self.shards.order(seed, epoch, source=self.number)
+                order = self.shards.order(seed, epoch, source=self.number)
+                self.order = epoch, by_image(order, self.shards.image_rows) if self.group_by_image else order
             position = int(self.order[1][position])
         return Place(self.number, epoch, int(self.shards.usable[position]))
 
 
 @dataclass(frozen=True)
 class Person:
-    """One row of the people, and its image decoded."""
+    """One row of the people, and its image."""
 
     place: Place
     box: np.ndarray
     keypoints: np.ndarray  # (joint, 3); all zero for someone without labels
-    pixels: np.ndarray
+    image_row: int
+    image: StoredImage
 
 
 class PoseStream(IterableDataset[Batch]):
@@ -73,7 +78,9 @@ class PoseStream(IterableDataset[Batch]):
     drops the repeated :attr:`Batch.rows`.
 
     ``shards`` may be a mixture of several. ``unlabelled`` people, of whatever skeleton, come with no keypoint visible
-    and have ``share`` of the samples. ``unbiased`` crops as UDP does.
+    and have ``share`` of the samples. ``unbiased`` crops as UDP does. ``group_by_image`` shuffles images, not people:
+    those of one image follow each other, so that it is decoded once for all of them that are in one micro-batch.
+    ``lessons``: what a teacher said of all views of all these people, handed out with them.
     """
 
     def __init__(
@@ -92,15 +99,20 @@ class PoseStream(IterableDataset[Batch]):
         unbiased: bool = False,
         unlabelled: Shards | None = None,
         share: float = 0.0,
+        group_by_image: bool = False,
+        lessons: Lessons | None = None,
     ) -> None:
         self.people, self.skeleton = as_mixture(shards), shards.skeleton
+        self.exchange = np.array(self.skeleton.flip_index)  # of keypoints, where the image is mirrored
         self.input_size, self.batch_size, self.padding = input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
         self.start, self.stop = start, len(self.people) if stop is None else stop
-        self.unbiased, self.share = unbiased, share if unlabelled is not None else 0.0
+        self.unbiased, self.share, self.lessons = unbiased, share if unlabelled is not None else 0.0, lessons
         self.sources = [Source(labelled, number) for number, labelled in enumerate(self.people.datasets)]
         if unlabelled is not None:
             self.sources.append(Source(unlabelled, len(self.sources), labelled=False))
+        for source in self.sources:
+            source.group_by_image = group_by_image
 
     def __len__(self) -> int:
         """Micro-batches of this rank."""
@@ -115,21 +127,30 @@ class PoseStream(IterableDataset[Batch]):
 
     def batch(self, samples: range) -> Batch:
         """The batch of some samples of the endless sequence."""
-        people = self._read([self._place(sample) for sample in samples])
-        geometries = [self._geometry(person) for person in people]
-        crops, keypoints, visible = zip(*map(self._crop, people, geometries), strict=True)
+        people = self._read([self.place(sample) for sample in samples])
+        geometries = self._geometries(people)
+        crops = np.empty((len(people), *self.input_size, 3), dtype=np.uint8)
+        keypoints = np.empty((len(people), self.skeleton.num_keypoints, 2), dtype=np.float32)
+        visible = np.empty(keypoints.shape[:2], dtype=np.float32)
+        for same_image in _by_image(people):  # each is decoded once, and warped while the processor has it at hand
+            pixels = self._decode(people[same_image[0]])
+            for i in same_image:
+                keypoints[i], visible[i] = self._crop(pixels, people[i], geometries[i], into=crops[i])
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
+        lessons, scales = self.lessons.read([self._record(p.place) for p in people]) if self.lessons else (None, None)
         return Batch(
-            crops=torch.from_numpy(np.stack(crops)),
-            keypoints=torch.from_numpy(np.stack(keypoints).astype(np.float32)),
-            visible=torch.from_numpy(np.stack(visible).astype(np.float32)),
+            crops=torch.from_numpy(crops),
+            keypoints=torch.from_numpy(keypoints),
+            visible=torch.from_numpy(visible),
             centers=torch.from_numpy(np.stack([g.center for g in geometries]).astype(np.float32)),
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
             rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
             labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
+            lessons=lessons,
+            scales=scales,
         )
 
-    def _place(self, sample: int) -> Place:
+    def place(self, sample: int) -> Place:
         seed = self.seed if self.augment is not None else None
         before, after = math.floor(self.share * sample), math.floor(self.share * (sample + 1))
         if after > before:
@@ -147,27 +168,43 @@ class PoseStream(IterableDataset[Batch]):
         return [found[place] for place in places]
 
     def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Person]:
-        shards = source.shards
-        people = shards.people[[place.row for place in places]]
-        pictures = shards.images[people["image_row"].tolist()]
+        people = source.shards.columns(LABELS, [place.row for place in places])
+        rows = people["image_row"].tolist()
+        images = source.shards.read_images(rows)
         nothing = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
         for i, place in enumerate(places):
-            pixels = decode_image(pictures["bytes"][i])
-            if pixels is None:
-                raise DataError(f"{shards.path}: image {pictures['file_name'][i]} no longer decodes; prepare it again")
             keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else nothing
-            yield Person(place, people["box"][i], keypoints, pixels)
+            yield Person(place, people["box"][i], keypoints, rows[i], images[i])
 
-    def _geometry(self, person: Person) -> Geometry:
-        height, width = person.pixels.shape[:2]
-        shards = self.sources[person.place.source].shards
-        box = shards.box_to_crop(person.box, width=width, height=height)
-        center, size = box_to_region(box, self.input_size, padding=self.padding)
+    def _decode(self, person: Person) -> np.ndarray:
+        """The pixels of a person's image."""
+        pixels = decode_image(person.image.data)
+        if pixels is None:
+            shards = self.sources[person.place.source].shards
+            name = shards.images[[person.image_row]]["file_name"][0]
+            raise DataError(f"{shards.path}: image {name} no longer decodes; prepare it again")
+        return pixels
+
+    def _geometries(self, people: Sequence[Person]) -> list[Geometry]:
+        """What each crop shows; the regions around all boxes of a dataset are found at once."""
+        boxes = np.empty((len(people), 4), dtype=np.float32)
+        for source in self.sources:
+            own = [i for i, person in enumerate(people) if person.place.source == source.number]
+            if own:
+                boxes[own] = source.shards.box_to_crop(
+                    np.stack([people[i].box for i in own]),
+                    width=np.array([people[i].image.width for i in own]),
+                    height=np.array([people[i].image.height for i in own]),
+                )
+        regions = box_to_region(boxes, self.input_size, padding=self.padding)
+        return [self._geometry(*one) for one in zip(people, *regions, strict=True)]
+
+    def _geometry(self, person: Person, center: np.ndarray, size: np.ndarray) -> Geometry:
         if self.augment is None:
             return Geometry(center, size)
         place = person.place
         return draw_geometry(
-            sample_generator(self.seed, place.epoch, place.row, source=place.source),
+            sample_generator(self.seed, self._view(place), place.row, source=place.source),
             self.augment,
             skeleton=self.skeleton,
             center=center,
@@ -176,22 +213,44 @@ class PoseStream(IterableDataset[Batch]):
             visible=person.keypoints[:, 2] > 0,
         )
 
-    def _crop(self, person: Person, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _view(self, place: Place) -> int:
+        """The number by which the geometry is drawn: of the epoch, or of one of a few views."""
+        views = self.augment.views if self.augment is not None else None
+        if views is None:
+            return place.epoch
+        return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=views)
+
+    def _record(self, place: Place) -> int:
+        """Where in the teacher's cache this view of this person is."""
+        assert self.lessons is not None
+        position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
+        return self.lessons.layout.record(place.source, position, self._view(place))
+
+    def _crop(
+        self, pixels: np.ndarray, person: Person, geometry: Geometry, *, into: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One warp, mirroring folded in; the keypoints through the same matrix, left and right exchanged with it."""
         height, width = self.input_size
-        image_width, center = person.pixels.shape[1], geometry.center
+        image_width, center = pixels.shape[1], geometry.center
         points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
         if geometry.flip:
             center = np.array([image_width - 1 - center[0], center[1]])
-            exchange = list(self.skeleton.flip_index)
-            points, visible = points[exchange], visible[exchange]
+            points, visible = points[self.exchange], visible[self.exchange]
         matrix = crop_matrix(
             center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation, unbiased=self.unbiased
         )
         if geometry.flip:
             matrix = mirror_matrix(matrix, image_width)
-        crop = cv2.warpAffine(person.pixels, matrix, (width, height), flags=cv2.INTER_LINEAR)
-        return crop, transform_points(matrix, points), visible
+        cv2.warpAffine(pixels, matrix, (width, height), dst=into, flags=cv2.INTER_LINEAR)
+        return transform_points(matrix, points), visible
+
+
+def _by_image(people: Sequence[Person]) -> Iterable[list[int]]:
+    """Numbers of people who are in one image, image by image as they come."""
+    numbers: dict[tuple[int, int], list[int]] = {}
+    for number, person in enumerate(people):
+        numbers.setdefault((person.place.source, person.image_row), []).append(number)
+    return numbers.values()
 
 
 def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataLoader[Batch]:
@@ -209,10 +268,12 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
 
 
 def close_loader(batches: Iterator[Batch]) -> None:
-    """End a loader's processes now: at the end of the interpreter they would be sent the SIGTERM that they outlive."""
+    """End a loader's processes now, not at the end of the interpreter."""
     end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
     if end is not None:
         end()
+        for process in batches._workers:  # type: ignore[attr-defined]
+            end_process(process)
 
 
 def _start_worker(_: int) -> None:

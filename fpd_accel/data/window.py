@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import get_worker_info
 
 from fpd_accel.data.remote import Part, Published, written_to
-from fpd_accel.data.shards import Shards
+from fpd_accel.data.shards import Shards, StoredImage
 from fpd_accel.errors import DataError
 from fpd_accel.log import say
 
@@ -73,6 +73,10 @@ class StreamedShards(Shards):
     def images(self) -> Any:
         assert self.published is not None
         return StreamedImages(self.published, window=self.window)
+
+    def read_images(self, rows: Sequence[int]) -> list[StoredImage]:
+        images = self.images[rows]
+        return [StoredImage(*image) for image in zip(images["bytes"], images["height"], images["width"], strict=True)]
 
     @property
     def fingerprint(self) -> str:

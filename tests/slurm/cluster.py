@@ -9,6 +9,7 @@ from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("slurm.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+INSTALLING = 300  # seconds that apt-get may take over each of two commands
 PACKAGES = ("slurm-wlm", "slurm-client", "munge")
 
 
@@ -16,16 +17,30 @@ def why_not() -> str | None:
     """What keeps a cluster from running here, after Debian's packages were installed where that is possible."""
     if os.geteuid() != 0:
         return "only root can start Slurm's daemons"
-    if not all(map(shutil.which, PROGRAMS)):
-        if shutil.which("apt-get") is None:
-            return f"no Slurm, and no apt-get to install {', '.join(PACKAGES)}"
-        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    if missing() and (problem := install()) is not None:
+        return problem
+    return f"still without {', '.join(missing())} after {', '.join(PACKAGES)} were installed" if missing() else None
+
+
+def missing() -> list[str]:
+    """The programs that are not to be found."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+def install() -> str | None:
+    """Install Debian's packages; why that did not work, or None."""
+    if shutil.which("apt-get") is None:
+        return f"no Slurm, and no apt-get to install {', '.join(PACKAGES)}"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+        try:
             done = subprocess.run(
-                ["apt-get", *command], env=environment, capture_output=True, text=True, timeout=300, check=False
+                ["apt-get", *command], env=environment, capture_output=True, text=True, timeout=INSTALLING, check=False
             )
-            if done.returncode:
-                return f"apt-get {command[0]}: {done.stderr.strip()[-300:]}"
+        except subprocess.TimeoutExpired:
+            return f"apt-get {command[0]}: not done after {INSTALLING} s"
+        if done.returncode:
+            return f"apt-get {command[0]}: {done.stderr.strip()[-300:]}"
     return None
 
 

@@ -1,0 +1,284 @@
+"""``fpd-accel bench scale``: how time grows with processes, keypoints, pixels and people.
+
+Each row is one piece of work at several sizes, in turns, and the exponent of its growth: the slope of the logarithm of
+time over that of size. 1 is linear; what grows faster is marked. Of processes the time is that of one person of a tiny
+distillation with as many people per process, so that -1 would be perfect.
+"""
+
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from fpd_accel.bench.batches import draw_batch
+from fpd_accel.bench.crowd import draw_crowd
+from fpd_accel.bench.environment import describe, environment
+from fpd_accel.bench.rounds import growth, time_once
+from fpd_accel.codecs import HeatmapCodec
+from fpd_accel.config import Evaluate
+from fpd_accel.data.batch import Batch
+from fpd_accel.data.shards import Shards
+from fpd_accel.decode import decode_heatmaps
+from fpd_accel.distill import Distiller
+from fpd_accel.errors import BenchError
+from fpd_accel.log import results, track
+from fpd_accel.losses import heatmap_mse
+from fpd_accel.metrics import average_precision
+from fpd_accel.models import create_model
+from fpd_accel.models.tiny import TinyPose
+from fpd_accel.outputs import STRIDE
+from fpd_accel.scoring import Predictions, ground_truth, ground_truth_predictions
+from fpd_accel.scoring import results as scored
+from fpd_accel.skeleton import COCO
+from fpd_accel.teacher import Teacher
+
+STUDENT, TEACHER = "tiny_w8", "tiny_w16"
+INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
+PATIENCE = 600  # seconds after which processes that train count as hanging
+FASTER_THAN_LINEAR = 1.15  # exponent: beyond what noise and caches make of 1
+NOISE = 2.0  # pixels by which labels are moved to be predictions
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What to measure, and how large."""
+
+    processes: Sequence[int] = (1, 2)
+    joints: Sequence[int] = (17, 133)  # COCO's body, COCO-WholeBody
+    inputs: Sequence[tuple[int, int]] = ((256, 192), (384, 288))  # (height, width)
+    people: Sequence[int] = (10_000, 1_000_000)  # to open and to order
+    scored: Sequence[int] = (10_000, 100_000)  # to evaluate
+    batch: int = 8
+    steps: int = 10  # of training, with each number of processes
+    rounds: int = 5
+
+
+def read_inputs(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Sizes of crops, written as HEIGHTxWIDTH.
+
+    Raises:
+        BenchError: one is not, or the tiny network cannot take it.
+    """
+    multiple = TinyPose.input_multiple
+    found = []
+    for text in texts:
+        sides = [int(side) for side in text.split("x") if side.isdecimal()]
+        if len(sides) != 2 or text.count("x") != 1 or any(side < 1 or side % multiple for side in sides):
+            raise BenchError(f"--inputs {text}: wanted HEIGHTxWIDTH such as 256x192, both multiples of {multiple}")
+        found.append((sides[0], sides[1]))
+    return found
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Seconds of one piece of work by its size."""
+
+    work: str
+    size: str  # what it grows with
+    sizes: Sequence[int]
+    seconds: Sequence[float]  # medians
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "work": self.work,
+            "size": self.size,
+            "sizes": list(self.sizes),
+            "seconds": list(self.seconds),
+            "exponent": growth(self.sizes, self.seconds),
+        }
+
+
+Works = dict[str, dict[int, Callable[[], Any]]]  # name -> size -> what to time
+
+
+def bench_scale(scale: Scale, folder: Path) -> dict[str, Any]:
+    """The measurements, for JSON and for :func:`show_scale`; generated people are written to ``folder``, or taken from.
+
+    Raises:
+        BenchError: processes that train together failed.
+        DataError: there is no room for the people.
+    """
+    found = [_of_processes(scale)]
+    for size, works, rounds in (
+        ("joints", _of_joints(scale), scale.rounds),
+        ("pixels", _of_pixels(scale), scale.rounds),
+        ("people", _of_people(scale, folder), scale.rounds),
+        ("people", _of_scored(scale, folder), 1),
+    ):
+        found += _measured(works, size, rounds=rounds)
+    return {
+        "bench": "scale",
+        "environment": environment(),
+        "settings": {"batch": scale.batch, "steps": scale.steps, "rounds": scale.rounds},
+        "measurements": [measured.summary() for measured in found],
+    }
+
+
+def _measured(works: Works, size: str, *, rounds: int) -> Iterator[Growth]:
+    """Each work at all its sizes in turns; one round before the first that counts, unless one is all there is."""
+    for name, by_size in works.items():
+        if rounds > 1:
+            for work in by_size.values():
+                work()
+        seconds: dict[int, list[float]] = {number: [] for number in by_size}
+        for _ in track(range(rounds), name, total=rounds):
+            for number, work in by_size.items():
+                seconds[number].append(time_once(work))
+        yield Growth(name, size, list(by_size), [statistics.median(times) for times in seconds.values()])
+
+
+def _of_processes(scale: Scale) -> Growth:
+    rates = [run_ranks(number, batch=scale.batch, steps=scale.steps) for number in scale.processes]
+    return Growth("a person of a tiny distillation", "processes", scale.processes, [1 / rate for rate in rates])
+
+
+def run_ranks(processes: int, *, batch: int, steps: int) -> float:
+    """People per second of so many processes that distil together on this machine's CPU, over gloo.
+
+    Raises:
+        BenchError: one of them failed; the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"steps": [steps], "batch": [batch], "input-size": INPUT_SIZE, "student": [STUDENT], "teacher": [TEACHER]}
+    arguments = [word for name, values in options.items() for word in (f"--{name}", *map(str, values))]
+    together = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    together |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+    environments = [together | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fpd_accel.bench.ranks", *arguments],
+            env=os.environ | {name: str(value) for name, value in own.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for own in environments
+    ]
+    try:
+        outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"{processes} processes that distil together did not finish within {PATIENCE} s") from None
+    finally:
+        for rank in ranks:
+            rank.kill()  # one that has ended does not mind
+            rank.wait()
+    for rank, output in zip(ranks, outputs, strict=True):
+        if rank.returncode:
+            raise BenchError(f"one of {processes} processes that distil together failed:\n{output[-2000:]}")
+    return float(json.loads(outputs[0].splitlines()[-1])["samples_per_second"])
+
+
+def _of_joints(scale: Scale) -> Works:
+    works: Works = {"loss and its gradient": {}, "encode": {}, "decode": {}}
+    for joints in scale.joints:
+        batch, codec = draw_batch(scale.batch, joints, INPUT_SIZE), _codec(INPUT_SIZE)
+        target, weight = codec.encode(batch.keypoints, batch.visible)
+        works["loss and its gradient"][joints] = partial(_gradient, (target + 0.1).requires_grad_(), target, weight)
+        works["encode"][joints] = partial(codec.encode, batch.keypoints, batch.visible)
+        works["decode"][joints] = partial(decode_heatmaps, target, batch.centers, batch.sizes)
+    return works
+
+
+def _gradient(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(heatmap_mse(predicted, target, weight), predicted)
+
+
+def _of_pixels(scale: Scale) -> Works:
+    """A training step: both forwards, the loss, the backward and the optimizer."""
+    steps: dict[int, Callable[[], Any]] = {}
+    for input_size in scale.inputs:
+        joints = COCO.num_keypoints
+        student = create_model(STUDENT, joints).train()
+        distiller = Distiller(student, Teacher(create_model(TEACHER, joints)), _codec(input_size))
+        optimizer = torch.optim.Adam(student.parameters())
+        batch = draw_batch(scale.batch, joints, input_size)
+        steps[math.prod(input_size)] = partial(_step, distiller, optimizer, batch)
+    return {"a step of a tiny distillation": steps}
+
+
+def _step(distiller: Distiller, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    distiller(batch).total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _codec(input_size: tuple[int, int]) -> HeatmapCodec:
+    return HeatmapCodec(input_size, (input_size[0] // STRIDE, input_size[1] // STRIDE))
+
+
+def _of_people(scale: Scale, folder: Path) -> Works:
+    """What happens before an epoch."""
+    works: Works = {"open shards": {}, "order of an epoch": {}, "read boxes and keypoints": {}}
+    for people in scale.people:
+        shards = draw_crowd(folder, people)
+        shards.open()
+        works["open shards"][people] = partial(_open, shards.path)
+        works["order of an epoch"][people] = partial(shards.order, 0, 0, source=0)
+        works["read boxes and keypoints"][people] = partial(shards.columns, ("box", "keypoints"), shards.usable)
+    return works
+
+
+def _open(path: Path | str) -> None:
+    Shards(path).open()
+
+
+def _of_scored(scale: Scale, folder: Path) -> Works:
+    """What evaluation does once the network has seen everybody."""
+    works: Works = {"ground truth for AP": {}, "rescore + NMS": {}, "AP": {}}
+    for people in scale.scored:
+        shards = draw_crowd(folder, people)
+        labels = ground_truth_predictions(shards)
+        noise = np.random.default_rng(0).normal(0, NOISE, labels.keypoints.shape).astype(np.float32)
+        found = Predictions(labels.rows, labels.keypoints + noise, labels.scores)
+        suppress = partial(scored, shards, found, options=Evaluate(), input_size=INPUT_SIZE)
+        works["ground truth for AP"][people] = partial(ground_truth, shards)
+        works["rescore + NMS"][people] = suppress
+        works["AP"][people] = partial(average_precision, ground_truth(shards), suppress(), COCO.sigmas)
+    return works
+
+
+def show_scale(report: dict[str, Any]) -> None:
+    """Print the measurements: a row for each work, its first and last size, and its growth."""
+    settings = report["settings"]
+    table = Table(title="Scale: how time grows", title_justify="left")
+    for name in ("", "with"):
+        table.add_column(name, no_wrap=True)
+    for name in ("from", "to", "ms", "ms", "times", "exponent", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for measured in report["measurements"]:
+        sizes, seconds, exponent = measured["sizes"], measured["seconds"], measured["exponent"]
+        steep = exponent is not None and exponent > FASTER_THAN_LINEAR
+        table.add_row(
+            measured["work"],
+            measured["size"],
+            f"{sizes[0]:,}",
+            f"{sizes[-1]:,}",
+            *(f"{1e3 * value:,.3f}" for value in (seconds[0], seconds[-1])),
+            f"{seconds[-1] / seconds[0]:.2f}",
+            "-" if exponent is None else f"{exponent:.2f}",
+            "[red]faster than linear[/red]" if steep else "",
+        )
+    results.print(table)
+    results.print(
+        f"batches of {settings['batch']}, medians of {settings['rounds']} rounds in turns (evaluation: one); exponent: "
+        "slope of log time over log size, 1 is linear, and -1 is perfect for processes, each with one thread and "
+        f"{settings['batch']} people of {settings['steps']} steps",
+        soft_wrap=True,
+    )
+    results.print(escape(describe(report["environment"])), soft_wrap=True)

@@ -1,0 +1,116 @@
+"""What tests/test_compilation.py runs in a process of its own: graphs cannot be made of code that checks its shapes.
+
+Prints one JSON object. The networks are little ones, because every kernel costs seconds of the C++ compiler.
+"""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from fpd_accel.codecs import HeatmapCodec
+from fpd_accel.compilation import compile_network, eagerly
+from fpd_accel.config import Recipe
+from fpd_accel.data.batch import Batch
+from fpd_accel.distill import Distiller
+from fpd_accel.models.base import PoseModel
+from fpd_accel.teacher import Teacher
+
+SIZE, JOINTS, PEOPLE = 32, 3, 4
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.change = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return torch.relu(feature + self.change(feature))
+
+
+class Little(PoseModel):
+    """A strided convolution, two blocks of equal shape, and a head."""
+
+    input_multiple: ClassVar[int] = 4
+    units: ClassVar[tuple[str, ...]] = ("Block",)
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(JOINTS)
+        self.stem = nn.Conv2d(3, channels, 4, stride=4)
+        self.blocks = nn.Sequential(Block(channels), Block(channels))
+        self.head = nn.Conv2d(channels, JOINTS, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.head(self.blocks(self.stem(images))),)
+
+
+def a_batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        crops=torch.randint(0, 256, (PEOPLE, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator),
+        keypoints=SIZE * torch.rand(PEOPLE, JOINTS, 2, generator=generator),
+        visible=(torch.rand(PEOPLE, JOINTS, generator=generator) > 0.3).float(),
+        centers=torch.zeros(PEOPLE, 2),
+        sizes=torch.ones(PEOPLE, 2),
+        rows=torch.arange(PEOPLE),
+    )
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def objectives(what: str) -> tuple[Distiller, Distiller]:
+    """The same objective twice, the second compiled."""
+    torch.manual_seed(0)
+    student, teacher, codec = Little(8), Little(16), HeatmapCodec((SIZE, SIZE), (SIZE // 4, SIZE // 4))
+    plain = Distiller(copy.deepcopy(student), Teacher(copy.deepcopy(teacher)), codec)
+    compiled = Distiller(student, Teacher(teacher, compile=what), codec)  # type: ignore[arg-type]
+    if what == "units":
+        compile_network(student, "units")
+    compiled.compile(student=what == "whole")
+    return plain, compiled
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    """The size of the difference relative to the first."""
+    return float((one - other).norm() / one.norm())
+
+
+def compare(what: str) -> dict[str, Any]:
+    """How far a compiled objective is from the plain one, over three steps with a changing alpha."""
+    plain, compiled = objectives(what)
+    found: dict[str, list[float]] = {"total": [], "gradient": [], "statistics": [], "taught": [], "graphs": []}
+    for step in range(3):
+        both = []
+        for distiller in (plain, compiled):
+            distiller.alpha = 0.2 + 0.1 * step
+            losses = distiller(a_batch(step))
+            losses.total.backward()
+            network = distiller.student
+            gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+            statistics = torch.cat([b.flatten().float() for b in network.buffers()])
+            both.append((losses.total.detach(), gradient.clone(), statistics.clone(), losses.taught))
+            network.zero_grad()
+        for name, one, other in zip(found, *both, strict=False):
+            found[name].append(gap(one, other))
+        found["graphs"].append(graphs())
+    recipe = Recipe.model_validate(
+        {"run": {"name": "a"}, "data": {"train": "a"}, "student": {"arch": "tiny_w8"},
+         "train": {"global_batch": 1, "compile": what}}
+    )  # fmt: skip
+    with eagerly(recipe), torch.no_grad():
+        compiled.student.eval()
+        batch = a_batch(0)
+        alone = replace(batch, **{name: tensor[:1] for name, tensor in vars(batch).items() if tensor is not None})
+        compiled.compare(compiled.student(torch.zeros(1, 3, SIZE, SIZE)), alone)
+    return found | {"graphs_after_evaluation": graphs(), "names": list(compiled.student.state_dict())}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(sys.argv[1])))

@@ -1,0 +1,62 @@
+"""No part of a run may wait for ever."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fpd_accel.run
+from fpd_accel.config import load_recipe
+from fpd_accel.model_folder import ModelConfig, save_model
+from fpd_accel.models import create_model
+from fpd_accel.skeleton import COCO
+from fpd_accel.student import Student
+from fpd_accel.watchdog import Watchdog
+
+PATIENCE = 100  # seconds to wait for a thread to end
+
+
+def watchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+def test_watchdog_watches_until_the_outermost_block_ends() -> None:
+    watchdog = Watchdog(60)
+    for _ in range(2):
+        with watchdog:
+            (thread,) = watchers()
+            with watchdog:
+                pass
+            assert watchers() == [thread]
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_run_is_watched_while_networks_are_prepared_restored_and_judged(
+    tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    watched: dict[str, int] = {}
+
+    def watch(place: Any, name: str) -> None:
+        function = getattr(place, name)
+
+        def watching(*arguments: Any, **options: Any) -> Any:
+            watched[name] = len(watchers())
+            assert options.get("watchdog", "") is not None
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(place, name, watching)
+
+    for place, name in ((Student, "__init__"), (Student, "restore"), (fpd_accel.run, "evaluate")):
+        watch(place, name)
+    teacher = ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64))
+    save_model(tmp_path / "teacher", create_model("tiny_w8", 17).state_dict(), teacher)
+    recipe = tiny_recipe(teacher={"weights": str(tmp_path / "teacher")}, distill={"mode": "fpd"})
+    for steps in (1, 2):
+        fpd_accel.run.run(load_recipe(recipe, [f"train.steps={steps}"]))
+    assert watched == {"__init__": 1, "restore": 1, "evaluate": 1}
+    for thread in watchers():
+        thread.join(PATIENCE)
+    assert watchers() == []
