@@ -28,9 +28,8 @@ SMALL = (32, 24)  # (height, width) of crops where their content does not matter
 # --- against the published loader -------------------------------------------------------------------------------
 
 
-FIELDS = [
-    field.name for field in dataclasses.fields(Batch) if field.name != "labelled"
-]  # which is None in all of these
+# Those that every batch has.
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]
 
 
 @pytest.fixture(scope="session")
