@@ -28,11 +28,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process."""
+    """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process, and in its
+    environment for the next one."""
+    before = dict(os.environ)
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None:
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
     if "torch" in sys.modules:  # a trainer has taken fewer threads
         sys.modules["torch"].set_num_threads(THREADS)
 

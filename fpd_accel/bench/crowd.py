@@ -94,22 +94,22 @@ def _write(folder: Path, table: Callable[[np.ndarray], pa.Table], rows: int, fea
 
 
 def _images(pictures: Pictures, rows: np.ndarray) -> pa.Table:
-    encoded = _encoded(pictures)
+    encoded = _encoded(pictures, PICTURES)
     return pa.table(
         {
             "id": rows,
             "file_name": [f"{row:012d}.jpg" for row in rows],
             "width": np.full(len(rows), pictures.width),
             "height": np.full(len(rows), pictures.height),
-            "bytes": [encoded[row % PICTURES] for row in rows],
+            "bytes": [encoded[row % len(encoded)] for row in rows],
         }
     )
 
 
 @cache
-def _encoded(pictures: Pictures) -> list[bytes]:
+def _encoded(pictures: Pictures, number: int) -> list[bytes]:
     generator = np.random.default_rng(0)
-    noise = generator.integers(0, 256, (PICTURES, 6, 8, 3), dtype=np.uint8)
+    noise = generator.integers(0, 256, (number, 6, 8, 3), dtype=np.uint8)
     size = pictures.width, pictures.height
     drawn = [cv2.resize(small, size, interpolation=cv2.INTER_CUBIC) for small in noise]
     if pictures.grain:  # of brightness alone, as most of a sensor's that is left by its software
