@@ -86,8 +86,8 @@ def test_a_float8_teacher_gives_the_heatmaps_of_the_exact_one_to_a_twentieth() -
     rounded = Teacher(copy.deepcopy(model), precision=torch.bfloat16)(batch.crops)[0]
     teacher = Teacher(model, precision=torch.bfloat16, fp8=True)
     found = teacher(batch.crops)[0]
-    # Root mean square, of their standard deviation: 0.015 with two blocks and the simple head, 0.042 with twelve and the
-    # classic one; 0.004 and 0.007 for bfloat16 alone.
+    # Root mean square, of their standard deviation: 0.015 with two blocks and the simple head, 0.042 with twelve and
+    # the classic one; 0.004 and 0.007 for bfloat16 alone.
     assert relative(rounded, exact) < relative(found, exact) < 0.05
     assert found.dtype == torch.float32
     assert teacher.model.state_dict().keys() == names
