@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -62,6 +63,13 @@ def _serve(parent: int) -> None:
         if sent is not None and sent.si_pid in masters:
             break
     os._exit(128 + signal.SIGTERM)
+
+
+def end_process(process: BaseProcess) -> None:
+    """Terminate a child that outlives a stop. Again and again: of two signals at once it may see another's alone."""
+    while process.is_alive():
+        process.terminate()
+        process.join(LOOK_UP_SECONDS)
 
 
 def stop_watching_children() -> None:

@@ -28,8 +28,7 @@ def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(crowd, "PICTURES", 2)
     monkeypatch.setattr(loaders, "ROUNDS", 2)
     monkeypatch.setattr(loaders, "WORKERS", (0, 1))
-    monkeypatch.setattr(loaders.cv2, "setNumThreads", lambda _: None)
-    monkeypatch.setattr(loaders.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(loaders, "use_one_thread", lambda: None)  # for good, and of all tests that follow
 
     def here(arguments: Sequence[str]) -> dict[str, Any]:
         asked.append(arguments)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fpd_accel import cli
-from fpd_accel.bench import evaluation, scale
+from fpd_accel.bench import evaluation, ranks, scale
 from fpd_accel.bench.poses import draw_boxes
 from fpd_accel.bench.rounds import Contest, growth, run_contest
 from fpd_accel.codecs import HeatmapCodec
@@ -138,27 +138,59 @@ def test_the_exponent_of_growth_is_that_of_a_power(exponent: float) -> None:
     assert growth([10], [1.0]) is None
 
 
-def test_bench_scale_prints_a_table_and_writes_the_same_as_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def ranks_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train in this process, which has imported everything, whatever the number of processes."""
     monkeypatch.setattr(scale, "INPUT_SIZE", (64, 48))
+
+    def here(processes: int, *, batch: int, steps: int) -> float:
+        arguments = ["--batch", str(batch), "--steps", str(steps), "--input-size", "64", "48"]
+        assert ranks.main([*arguments, "--student", "tiny_w8", "--teacher", "tiny_w8"]) == 0
+        return processes * float(json.loads(capsys.readouterr().out)["samples_per_second"])
+
+    monkeypatch.setattr(scale, "run_ranks", here)
+
+
+def test_bench_scale_prints_a_table_and_writes_the_same_as_json(
+    ranks_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--batch", "2", "--steps", "1", "--rounds", "1", "--inputs", "64x48", "96x64", "--people", "5", "40"]
     paths = ["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "r.json")]
-    sizes = ["--processes", "2", "--scored", "5", "40", "--joints", "17", "133"]
+    sizes = ["--processes", "1", "2", "--scored", "5", "40", "--joints", "17", "133"]
     assert cli.main(["bench", "scale", *arguments, *sizes, *paths]) == 0
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_bytes())
     assert report["bench"] == "scale"
-    measured = {one["work"]: one for one in report["measurements"]}
-    alone = measured.pop("a person of a tiny distillation")
-    assert (alone["sizes"], alone["exponent"]) == ([2], None)
-    assert alone["seconds"][0] > 0
-    for work, one in measured.items():
-        assert work in printed
+    assert len(report["measurements"]) == 11
+    for one in report["measurements"]:
+        assert one["work"] in printed
         assert len(one["sizes"]) == 2
+        assert min(one["seconds"]) > 0
         assert one["exponent"] == pytest.approx(growth(one["sizes"], one["seconds"]))
         assert f"{one['exponent']:.2f}" in printed
-    assert measured["a step of a tiny distillation"]["sizes"] == [64 * 48, 96 * 64]
-    assert measured["AP"]["size"] == measured["open shards"]["size"] == "people"
+    sizes_of = {one["work"]: (one["size"], one["sizes"]) for one in report["measurements"]}
+    assert sizes_of["a person of a tiny distillation"] == ("processes", [1, 2])
+    assert sizes_of["a step of a tiny distillation"] == ("pixels", [64 * 48, 96 * 64])
+    assert sizes_of["AP"] == sizes_of["open shards"] == ("people", [5, 40])
+
+
+def test_each_process_knows_its_rank_and_the_first_tells_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        'echo "a warning"\n'
+        'test "$1 $2" = "-m fpd_accel.bench.ranks" && test "$ACCELERATE_USE_CPU $RANK" = "true $LOCAL_RANK" || exit 1\n'
+        'echo "{\\"samples_per_second\\": $WORLD_SIZE$RANK}"\n'
+    )
+    stand_in.write_text(f"#!/bin/sh\n{stand_in.read_text()}")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
+    assert scale.run_ranks(2, batch=1, steps=1) == 20.0
+
+
+@pytest.mark.slow
+def test_two_processes_distil_together() -> None:
+    assert scale.run_ranks(2, batch=2, steps=1) > 0
 
 
 @pytest.mark.parametrize(("exponent", "marked"), [(1.0, False), (2.0, True)])

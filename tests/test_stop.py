@@ -9,13 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A trainer and a loader process that is blocked in a read; the pipe `life` is open as long as one of them lives.
 SCRIPT = """
-import multiprocessing, os, signal, sys
-from fpd_accel.stop import outlive_stop
+import multiprocessing, os, signal, sys, time
+from fpd_accel.stop import end_process, outlive_stop
 
 def serve(pipe):
     outlive_stop()
     pipe.send(os.getpid())
     while pipe.recv():
+        while signal.SIGTERM in signal.sigpending():  # two at once would count as one
+            time.sleep(0.001)
         pipe.send(signal.alarm(0))  # seconds until an end that was set meanwhile
 
 here, there = multiprocessing.Pipe()
@@ -27,8 +29,7 @@ for line in sys.stdin:
         here.send(True)
         print(here.recv(), flush=True)
     else:
-        worker.terminate()
-        worker.join()
+        end_process(worker)
         print("ended", worker.exitcode, flush=True)
 """
 

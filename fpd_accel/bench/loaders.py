@@ -37,8 +37,7 @@ def compare_loaders(shards: Shards, *, input_size: tuple[int, int], batch: int, 
     Raises:
         DataError: the dataset cannot be read.
     """
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    use_one_thread()
     shards.open()
     stream = PoseStream(shards, input_size=input_size, batch_size=batch, augment=Augment(), stop=sys.maxsize)
     per_round = max(1, batches // ROUNDS)
@@ -68,6 +67,12 @@ def compare_loaders(shards: Shards, *, input_size: tuple[int, int], batch: int, 
 
     measured = {str(n): _take_turns(partial(loader, workers=n), n, batch=batch, batches=per_round) for n in WORKERS}
     return found | {"workers": measured}
+
+
+def use_one_thread() -> None:
+    """Of this process: a rate per process means little where one takes the cores of others."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
 
 
 def payload(sent: Any) -> int:
@@ -134,7 +139,18 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _published(reference: ReferenceDataset, batch: int, workers: int) -> DataLoader[Any]:
-    return DataLoader(reference, batch_size=batch, num_workers=workers, prefetch_factor=READ_AHEAD if workers else None)
+    return DataLoader(
+        reference,
+        batch_size=batch,
+        num_workers=workers,
+        prefetch_factor=READ_AHEAD if workers else None,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """OpenCV's threads do not survive the fork, and would be waited for."""
+    cv2.setNumThreads(0)
 
 
 def show_loaders(path: str, people: int, found: dict[str, Any]) -> None:

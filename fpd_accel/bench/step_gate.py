@@ -13,9 +13,9 @@ activations change 1e-5 to 1e-2, because units close to zero change sides in ReL
 
     exact      both steps in float64, eager: losses, gradient and every parameter's to 1e-5 (our losses and lessons are
                float32 still). It finds whatever is another formula
-    as timed   ours as it is timed (bf16, compiled, ...) against the published float32: losses to 1e-5, in bf16 2e-2; the
-               gradient as a whole to the same, or to ``SLACK`` times what a plain eager step of that precision differs
-               by, in channels-last order for float32, where that is more. It finds whatever is other arithmetic
+    as timed   ours as it is timed (bf16, compiled, ...) against the published float32: losses to 1e-5, in bf16 2e-2;
+               the gradient as a whole to the same, or to ``SLACK`` times what a plain eager step of that precision
+               differs by, in channels-last order for float32, where that is more. It finds whatever is other arithmetic
 """
 
 import math

@@ -38,7 +38,7 @@ class Column:
 
     def all(self) -> np.ndarray:
         """Every row."""
-        return np.concatenate([self._nothing, *map(_array, self._chunks)]) if self._chunks else self._nothing
+        return np.concatenate([_array(chunk) for chunk in self._chunks]) if self._chunks else self._nothing
 
 
 def read_columns(

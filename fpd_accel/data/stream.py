@@ -25,7 +25,7 @@ from fpd_accel.data.order import by_image
 from fpd_accel.data.shards import LABELS, Shards, StoredImage, decode_image
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
-from fpd_accel.stop import outlive_stop
+from fpd_accel.stop import end_process, outlive_stop
 
 
 @dataclass(frozen=True)
@@ -272,6 +272,8 @@ def close_loader(batches: Iterator[Batch]) -> None:
     end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
     if end is not None:
         end()
+        for process in batches._workers:  # type: ignore[attr-defined]
+            end_process(process)
 
 
 def _start_worker(_: int) -> None:
