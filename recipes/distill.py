@@ -11,6 +11,7 @@ import argparse
 import faulthandler
 import os
 import sys
+from pathlib import Path
 
 from fpd_accel.config import accumulation_steps, load_recipe
 from fpd_accel.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Preempted, UserError
@@ -39,7 +40,7 @@ def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
         recipe = load_recipe(arguments.config, arguments.overrides)
         accumulation_steps(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
-        error.local = os.environ.get("LOCAL_RANK", "0") == "0"  # it may be this machine's files that are missing
+        error.local = os.environ.get("LOCAL_RANK", "0") == "0" and _reads_well_without_files(arguments)
         return fail(error)
     try:
         from fpd_accel.processes import leave  # torch comes in here, behind every check that does not need it
@@ -58,6 +59,18 @@ def distill(arguments: argparse.Namespace, stop: StopRequest) -> int:
         say("interrupted; the same command goes on from the last checkpoint")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _reads_well_without_files(arguments: argparse.Namespace) -> bool:
+    """Whether what is wrong may be wrong on this machine alone: files that it lacks, the recipe among them."""
+    try:
+        accumulation_steps(
+            load_recipe(arguments.config, arguments.overrides, check_files=False),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    except UserError:
+        return not Path(arguments.config).is_file()
+    return True
 
 
 if __name__ == "__main__":

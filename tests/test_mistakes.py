@@ -591,13 +591,25 @@ def test_a_typo_ends_a_real_process_with_code_two(tiny_recipe: Callable[..., Pat
     assert ran.stdout == ""
 
 
-@pytest.mark.parametrize(("place", "said"), [("1", ""), ("0", "error (rank 1): ")])
-def test_only_the_first_process_of_each_machine_complains(
-    place: str, said: str, terminal: Terminal, tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "mistake", "said"),
+    [
+        ("0", "train.stesp=3", ""),  # what all read alike, the first of all says
+        ("0", "data.train=nowhere", "error (rank 1): "),  # files may be missing on one machine
+        ("1", "data.train=nowhere", ""),
+    ],
+)
+def test_other_processes_complain_of_the_files_of_their_machine_alone(
+    place: str,
+    mistake: str,
+    said: str,
+    terminal: Terminal,
+    tiny_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", place)
-    code, message = terminal("distill", "--config", tiny_recipe(), "train.stesp=3")
+    code, message = terminal("distill", "--config", tiny_recipe(), mistake)
     assert code == 2
     assert message.startswith(said)
     assert bool(message) == bool(said)
