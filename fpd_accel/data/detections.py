@@ -179,6 +179,10 @@ class Detections(Shards):
                 f"is {file_name}; give `fpd-accel detect` the annotation file, --annotations, for the image ids"
             )
 
+    def open(self) -> None:
+        """Map the files of the images; the boxes are in memory."""
+        _ = self.images, self._stored
+
     @property
     def annotated(self) -> Shards:
         """The shards as they were prepared: their people are the ground truth."""

@@ -138,7 +138,7 @@ class Shards:
         That is 2.3 kB each (a thousand people, a hundred images), some 10 MB per worker once it has been all over a
         million people; with the order of an epoch the only memory that grows with the dataset.
         """
-        _ = self.images, self.people, self.usable
+        _ = self.images, self.people, self.usable, self._labels, self._stored
 
     @cached_property
     def images(self) -> Dataset:
@@ -158,7 +158,7 @@ class Shards:
 
     @cached_property
     def _labels(self) -> dict[str, Column]:
-        return {name: Column(self.people.data.column(name)) for name in self.people.column_names}
+        return {name: Column(self.people.data.column(name)) for name in LABELS}
 
     @cached_property
     def _stored(self) -> tuple[BytesColumn, Column, Column]:
@@ -235,8 +235,11 @@ class Shards:
 
     def columns(self, names: Iterable[str], rows: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Some columns of all people, or of some rows of them; far faster than through ``people``."""
-        chosen = {name: self._labels[name] for name in names}
-        return {name: column.all() if rows is None else column[rows] for name, column in chosen.items()}
+        found = {}
+        for name in names:  # those of each batch are kept at hand
+            column = self._labels[name] if name in LABELS else Column(self.people.data.column(name))
+            found[name] = column.all() if rows is None else column[rows]
+        return found
 
     def __len__(self) -> int:
         return len(self.usable)

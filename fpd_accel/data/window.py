@@ -74,6 +74,10 @@ class StreamedShards(Shards):
         assert self.published is not None
         return StreamedImages(self.published, window=self.window)
 
+    def open(self) -> None:
+        """Map the files of the people; images are fetched when they are read."""
+        _ = self.images, self.people, self.usable, self._labels
+
     def read_images(self, rows: Sequence[int]) -> list[StoredImage]:
         images = self.images[rows]
         return [StoredImage(*image) for image in zip(images["bytes"], images["height"], images["width"], strict=True)]
