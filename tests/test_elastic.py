@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from jobs import launch
+from ranks import smooth_relu
 from safetensors.torch import load_file
 
 from fpd_accel.checkpoint import checkpoints, read_state
@@ -58,7 +60,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid
         "checkpoint": {"every_steps": HALF, "keep": 9},
     }
     recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
-    train(recipe)
+    with patch("torch.nn.functional.relu", smooth_relu):
+        train(recipe)
     for world, (ranks, parallel) in {**WORLDS, "one": (1, "auto")}.items():
         halve(root, ELASTIC[world])
         names = [world, ELASTIC[world]] if world != "one" else [ELASTIC[world]]
@@ -74,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, tiny_valid
             tasks.append(["train_noting_statistics", str(recipe), changes, str(root / f"own_{world}")])
         if world == "ddp2":
             tasks.append(["train_with_slow_scores", str(recipe), ["run.name=slow"], 5, 2])
-        said = launch(ranks, tasks)
+        said = launch(ranks, [["without_kinks"], *tasks])
         assert ("sharded (FSDP2)" in said) == (parallel == "fsdp2")
         (root / f"said_{world}").write_text(said)
     return root
@@ -127,9 +130,7 @@ def test_checkpoints_hold_the_whole_network_whatever_the_sharding(name: str, run
         whole, other = (load_file(newest(runs / run) / f"{file}.safetensors") for run in ("one", name))
         assert {key: value.shape for key, value in whole.items()} == {k: v.shape for k, v in other.items()}, file
         for key, tensor in whole.items():
-            # Where a gradient is 0 but for rounding, Adam steps by the sign of that: a bias that began at 0 differs by
-            # 0.3 % after eight steps. What lay in another place would differ by its whole size.
-            assert (other[key] - tensor).double().norm() <= 1e-2 * tensor.double().norm(), key
+            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=1e-6)
     models = [load_file(runs / run / "final" / "model.safetensors") for run in ("one", name)]
     assert models[0].keys() == models[1].keys()
 
