@@ -15,7 +15,7 @@ LAYERS = [
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"processes"},
     {"guard", "student", "run_directory", "teacher_cache"},
-    {"trainer", "predict", "detect", "check", "import_weights"},
+    {"trainer", "predict", "detect", "check", "import_weights", "run_data", "run_networks"},
     {"run", "bench"},
     {"cli"},
 ]

@@ -12,6 +12,7 @@ The published step is that of ilovepose/fast-human-pose-estimation.pytorch at c4
         NCHW and ``.item()`` in every iteration as most training loops have them, and an accuracy on the device
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,7 +89,36 @@ def _maxima(maps: Float[np.ndarray, "batch joint h w"]) -> Float[np.ndarray, "ba
     return found * (flat.max(axis=2) > 0)[..., None]
 
 
-class PublishedStep:
+class HostLoop(ABC):
+    """Training as most loops have it: each step waits for its losses and for its accuracy."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, device: torch.device, *, rate: float) -> None:
+        self.student, self.teacher, self.device = student.to(device).train(), teacher.to(device).eval(), device
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=rate)
+        self.accuracy = 0.0  # of the last iteration
+
+    @abstractmethod
+    def forward(self, batch: FloatBatch) -> tuple[Terms, Maps, Maps]:
+        """The terms, the student's last heatmaps and the target, on the device."""
+
+    @abstractmethod
+    def measure(self, predicted: Maps, target: Maps) -> float:
+        """The accuracy of one batch."""
+
+    def run(self, batches: Sequence[FloatBatch]) -> list[float]:
+        """A step for each batch; the losses of the last one."""
+        values: list[float] = []
+        for batch in batches:
+            terms, predicted, target = self.forward(batch)
+            self.optimizer.zero_grad()
+            terms.total.backward()
+            self.optimizer.step()
+            values = [term.item() for term in terms]
+            self.accuracy = self.measure(predicted.detach(), target)
+        return values
+
+
+class PublishedStep(HostLoop):
     """Variants a and a1. ``teacher_gradients``: as published, the teacher is differentiated too."""
 
     def __init__(
@@ -100,14 +130,11 @@ class PublishedStep:
         teacher_gradients: bool,
         rate: float = 1e-3,
     ) -> None:
-        self.student, self.teacher, self.device = student.to(device).train(), teacher.to(device).eval(), device
+        super().__init__(student, teacher, device, rate=rate)
         self.teacher_gradients = teacher_gradients
         self.teacher.requires_grad_(teacher_gradients)
-        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=rate)
-        self.accuracy = 0.0  # of the last iteration
 
     def forward(self, batch: FloatBatch) -> tuple[Terms, Maps, Maps]:
-        """The terms, the student's last heatmaps and the target, on the device."""
         images = batch.images.to(self.device, non_blocking=True)
         outputs = self.student(images)
         with nullcontext() if self.teacher_gradients else torch.no_grad():
@@ -120,20 +147,11 @@ class PublishedStep:
             kd = kd + per_joint_mse(output, lesson, weight)
         return Terms((1 - ALPHA) * pose + ALPHA * kd, pose, kd), outputs[-1], target
 
-    def run(self, batches: Sequence[FloatBatch]) -> list[float]:
-        """A step for each batch; the losses of the last one."""
-        values: list[float] = []
-        for batch in batches:
-            terms, predicted, target = self.forward(batch)
-            self.optimizer.zero_grad()
-            terms.total.backward()
-            self.optimizer.step()
-            values = [term.item() for term in terms]
-            self.accuracy = host_accuracy(predicted.detach().cpu().numpy(), target.detach().cpu().numpy())
-        return values
+    def measure(self, predicted: Maps, target: Maps) -> float:
+        return host_accuracy(predicted.cpu().numpy(), target.cpu().numpy())
 
 
-class PlainStep:
+class PlainStep(HostLoop):
     """Variant b: eager, autocast to ``precision``, and a loss that is vectorised."""
 
     def __init__(
@@ -145,13 +163,11 @@ class PlainStep:
         precision: torch.dtype,
         rate: float = 1e-3,
     ) -> None:
-        self.student, self.teacher, self.device = student.to(device).train(), teacher.to(device).eval(), device
+        super().__init__(student, teacher, device, rate=rate)
         self.teacher.requires_grad_(False)
         self.precision = precision
-        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=rate)
 
     def forward(self, batch: FloatBatch) -> tuple[Terms, Maps, Maps]:
-        """The terms, the student's last heatmaps and the target, on the device."""
         images, target, weight = (
             tensor.to(self.device, non_blocking=True) for tensor in (batch.images, batch.target, batch.weight)
         )
@@ -167,14 +183,5 @@ class PlainStep:
     def _mse(predicted: Maps, target: Maps, weight: Float[Tensor, "batch joint 1"]) -> Float[Tensor, ""]:
         return 0.5 * F.mse_loss(predicted.float() * weight[..., None], target * weight[..., None])
 
-    def run(self, batches: Sequence[FloatBatch]) -> list[float]:
-        """A step for each batch; the losses of the last one."""
-        values: list[float] = []
-        for batch in batches:
-            terms, predicted, target = self.forward(batch)
-            self.optimizer.zero_grad()
-            terms.total.backward()
-            self.optimizer.step()
-            values = [term.item() for term in terms]
-            heatmap_accuracy(predicted.detach().float(), target).item()
-        return values
+    def measure(self, predicted: Maps, target: Maps) -> float:
+        return float(heatmap_accuracy(predicted.float(), target))

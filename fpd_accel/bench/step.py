@@ -24,7 +24,7 @@ from fpd_accel.bench import step_gate
 from fpd_accel.bench.ceilings import copy_ceiling, matmul_ceiling, synchronize
 from fpd_accel.bench.environment import environment
 from fpd_accel.bench.our_step import STAGES, OurStep
-from fpd_accel.bench.reference_step import FloatBatch, PlainStep, PublishedStep
+from fpd_accel.bench.reference_step import FloatBatch, HostLoop, PlainStep, PublishedStep
 from fpd_accel.bench.roofline import Ceilings, Pass, step_passes, summary
 from fpd_accel.bench.step_inputs import JOINTS, calm, choose_device, choose_precision, host_made, make_batch
 from fpd_accel.bench.step_probe import Memory, Stopwatch, count_kernels
@@ -49,7 +49,7 @@ BATCHES = 2  # different ones, in turn
 WARM_UP = {"cpu": 1, "cuda": 5}  # steps that do not count
 STEPS = {"cpu": 1, "cuda": 20}  # of a round
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Contestant = PublishedStep | PlainStep | OurStep
+Contestant = HostLoop | OurStep
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fpd_accel.bench.our_step import OurStep
-from fpd_accel.bench.reference_step import FloatBatch, PlainStep, PublishedStep
+from fpd_accel.bench.reference_step import FloatBatch, HostLoop
 from fpd_accel.data.batch import Batch
 from fpd_accel.errors import TrainingError
 
@@ -58,7 +58,7 @@ class InDouble(nn.Module):
         return self.network(images.double())
 
 
-def outcome_of(step: PublishedStep | PlainStep, batch: FloatBatch) -> Outcome:
+def outcome_of(step: HostLoop, batch: FloatBatch) -> Outcome:
     """Losses and gradients of a step that ours is compared with, which is left as it was."""
     with _unchanged(step.student), _without_tf32(step.device):
         terms, _, _ = step.forward(batch)
