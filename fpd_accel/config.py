@@ -130,6 +130,8 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
     group_by_image: bool = False  # shuffle images, not people: each is decoded once per micro-batch, whose people are
     # then less mixed (COCO: 12 images in a batch of 32); for where cores are short
+    decoded_cache: str | None = None  # folder on a local disk for the images' pixels, so that they are decoded once and
+    # not in every epoch (COCO: 50 GB); for where cores are short
     augment: Augment = Augment()
 
     @property
@@ -368,11 +370,11 @@ def steps_per_epoch(recipe: Recipe, people: int) -> float:
 # content, not by path, and the length of the run by the schedule it gives (see run_directory.py); initial weights have
 # done their part. How a global batch is spread over devices matters to batch normalisation alone, and is said there.
 FREE_ON_RESUME = (
-    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.synthetic", "data.unlabelled.shards",
-    "data.unlabelled.boxes", "student.weights", "student.init", "teacher.weights", "teacher.arch", "teacher.color",
-    "teacher.codec", "teacher.recipe", "teacher.overrides", "teacher.compile", "teacher.shard", "teacher.fold_norm",
-    "teacher.cache", "train.steps", "train.epochs", "train.device_batch", "train.parallel", "train.timeout_minutes",
-    "train.compile", "train.cuda_graphs", "evaluate", "log", "checkpoint",
+    "run.name", "run.root", "data.train", "data.valid", "data.workers", "data.decoded_cache", "data.synthetic",
+    "data.unlabelled.shards", "data.unlabelled.boxes", "student.weights", "student.init", "teacher.weights",
+    "teacher.arch", "teacher.color", "teacher.codec", "teacher.recipe", "teacher.overrides", "teacher.compile",
+    "teacher.shard", "teacher.fold_norm", "teacher.cache", "train.steps", "train.epochs", "train.device_batch",
+    "train.parallel", "train.timeout_minutes", "train.compile", "train.cuda_graphs", "evaluate", "log", "checkpoint",
 )  # fmt: skip
 
 
@@ -522,6 +524,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         mistakes.append(
             "data.streaming: boxes need their images at hand; leave out data.unlabelled.boxes, or streaming"
         )
+    if recipe.data.streaming and recipe.data.decoded_cache is not None:
+        mistakes.append("data.decoded_cache: streamed images come and go; leave out the cache, or data.streaming")
     if teacher.cache is not None and recipe.data.augment.views is None:
         mistakes.append(
             "teacher.cache: keeps so many views of each person as there are, but data.augment.views is not set; set "

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
 
 from fpd_accel.data.detections import PERSON
-from fpd_accel.data.shards import decode_image
+from fpd_accel.data.images import decode_image
 from fpd_accel.errors import DataError, WeightsError
 from fpd_accel.files import prepare_file, write_whole
 from fpd_accel.log import console, track, warn

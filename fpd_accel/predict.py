@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from fpd_accel.data.shards import decode_image
+from fpd_accel.data.images import decode_image
 from fpd_accel.decode import decode, fuse
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix

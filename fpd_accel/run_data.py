@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from fpd_accel.config import Recipe
 from fpd_accel.data.coco import prepare_coco
+from fpd_accel.data.decoded import open_decoded
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.synthetic import draw_dataset
@@ -54,6 +55,10 @@ def open_data(recipe: Recipe) -> tuple[Mixture, Shards | None, Shards | None]:
     for people in (train, valid, unlabelled):
         if people is not None:
             people.open()
+    if recipe.data.decoded_cache is not None:
+        for shards in (*train.datasets, valid, unlabelled):
+            if shards is not None:
+                shards.decoded = open_decoded(shards, recipe.data.decoded_cache)
     return train, valid, unlabelled
 
 

@@ -17,7 +17,8 @@ from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.coco import SKIPPED, prepare_coco
-from fpd_accel.data.shards import FORMAT, Shards, decode_image
+from fpd_accel.data.images import decode_image
+from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import COCO, Skeleton

@@ -98,8 +98,8 @@ def test_a_comparison_gives_each_ratio_of_what_it_timed(
     found = loaders.compare_loaders(crowd, input_size=SIZE, batch=4, batches=2)
     measured = found["workers"]["0"]
     rates = {name: rate["median"] for name, rate in measured["samples_per_second"].items()}
-    assert rates.keys() == {"ours", "reference", "grouped"}
-    for name in ("ours", "grouped"):
+    assert rates.keys() == {"ours", "reference", "grouped", "decoded"}
+    for name in ("ours", "grouped", "decoded"):
         assert measured["ratio"][name]["median"] == pytest.approx(rates[name] / rates["reference"])
     assert found["bytes_per_sample"]["ours"] < found["bytes_per_sample"]["reference"] / 4
     loaders.show_loaders("crowd", len(crowd), found)

@@ -5,11 +5,13 @@ worker processes, of which each has one thread. What ours leaves to the device (
 time; on a GPU it is microseconds, and ``bench step`` has it in its.
 """
 
+import copy
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
@@ -22,12 +24,18 @@ from torch.utils.data import DataLoader
 from fpd_accel.bench.reference_loader import ReferenceDataset
 from fpd_accel.config import Augment
 from fpd_accel.data import Batch, PoseStream, Shards, make_loader
+from fpd_accel.data.decoded import open_decoded
 from fpd_accel.data.stream import close_loader
 from fpd_accel.log import results
 
 WORKERS = (0, 1, 2)
 ROUNDS = 5
-NAMES = ("ours", "reference", "grouped")  # the last: ours with data.group_by_image
+NAMES = {
+    "reference": "published",
+    "ours": "ours",
+    "grouped": "ours, data.group_by_image",
+    "decoded": "ours, data.decoded_cache",
+}
 READ_AHEAD = 4  # batches per worker, of both
 
 
@@ -39,18 +47,12 @@ def compare_loaders(shards: Shards, *, input_size: tuple[int, int], batch: int, 
     """
     use_one_thread()
     shards.open()
-    stream = PoseStream(shards, input_size=input_size, batch_size=batch, augment=Augment(), stop=sys.maxsize)
+    create = partial(PoseStream, input_size=input_size, batch_size=batch, augment=Augment(), stop=sys.maxsize)
+    stream, kept = create(shards), copy.copy(shards)
     per_round = max(1, batches // ROUNDS)
-    reference = ReferenceDataset(stream, batch * (per_round + 1 + READ_AHEAD * max(WORKERS)))
-    grouped = PoseStream(
-        shards,
-        input_size=input_size,
-        batch_size=batch,
-        augment=Augment(),
-        stop=sys.maxsize,
-        group_by_image=True,
-    )
-    found = {
+    samples = batch * (per_round + 1 + 2 * READ_AHEAD * max(WORKERS))
+    reference = ReferenceDataset(stream, samples)
+    found: dict[str, Any] = {
         "rounds": ROUNDS,
         "batches_per_round": per_round,
         "bytes_per_sample": {
@@ -60,12 +62,20 @@ def compare_loaders(shards: Shards, *, input_size: tuple[int, int], batch: int, 
         "error": compare_pixels(stream, reference),
     }
 
-    def loader(name: str, workers: int) -> DataLoader[Any]:
-        if name == "reference":
-            return _published(reference, batch, workers)
-        return make_loader(stream if name == "ours" else grouped, workers, torch.device("cpu"))
+    with TemporaryDirectory(prefix="fpd-bench-") as folder:
+        people = [stream.place(sample).row for sample in range(samples)]
+        kept.decoded = decoded = open_decoded(
+            kept, folder, rows=np.unique(shards.columns(["image_row"], people)["image_row"])
+        )
+        streams = {"ours": stream, "grouped": create(shards, group_by_image=True), "decoded": create(kept)}
 
-    measured = {str(n): _take_turns(partial(loader, workers=n), n, batch=batch, batches=per_round) for n in WORKERS}
+        def loader(name: str, workers: int) -> DataLoader[Any]:
+            if name == "reference":
+                return _published(reference, batch, workers)
+            return make_loader(streams[name], workers, torch.device("cpu"))
+
+        measured = {str(n): _take_turns(partial(loader, workers=n), n, batch=batch, batches=per_round) for n in WORKERS}
+        found["decoded_bytes"] = decoded.bytes
     return found | {"workers": measured}
 
 
@@ -110,7 +120,7 @@ def _take_turns(create: Callable[[str], DataLoader[Any]], workers: int, *, batch
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
     first: dict[str, list[float]] = {name: [] for name in NAMES}
     for number in range(ROUNDS):
-        for name in NAMES if number % 2 == 0 else NAMES[::-1]:
+        for name in list(NAMES)[:: 1 if number % 2 == 0 else -1]:
             began = time.perf_counter()
             loading = iter(create(name))
             next(loading)
@@ -156,22 +166,21 @@ def _start_worker(_: int) -> None:
 def show_loaders(path: str, people: int, found: dict[str, Any]) -> None:
     """Print a comparison as a table."""
     table = Table(title=f"Loader against the published one's: {path}, {people:,} people", title_justify="left")
-    for name in ("", *NAMES, "ours / reference", "grouped / reference"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for name in ("", *NAMES.values()):
+        table.add_column(name, justify="right" if name else "left")
     for workers, measured in found["workers"].items():
         label = f"{workers if int(workers) else 'no'} worker{'s' * (int(workers) != 1)}"
-        rates, first = measured["samples_per_second"], measured["first_batch_seconds"]
-        ratios = (_shown(ratio, 2) for ratio in measured["ratio"].values())
-        table.add_row(f"samples/s, {label}", *(_shown(rates[name], 0) for name in NAMES), *ratios)
+        rates, first, ratios = (measured[key] for key in ("samples_per_second", "first_batch_seconds", "ratio"))
+        table.add_row(f"samples/s, {label}", *(_shown(rates[name], 0) for name in NAMES))
+        table.add_row("  times the published", *(_shown(ratios[name], 2) if name in ratios else "1" for name in NAMES))
         table.add_row(f"first batch, {label}, s", *(_shown(first[name], 3) for name in NAMES))
     sent = found["bytes_per_sample"]
-    ours, theirs = sent["ours"], sent["reference"]
-    table.add_row("bytes per sample", f"{ours:,.0f}", f"{theirs:,.0f}", f"{ours:,.0f}", *[f"{ours / theirs:.2f}"] * 2)
+    table.add_row("bytes per sample", *(f"{sent[name if name in sent else 'ours']:,.0f}" for name in NAMES))
     results.print(table)
     error = found["error"]
     results.print(
-        f"grouped: ours with data.group_by_image; medians of {found['rounds']} rounds of "
-        f"{found['batches_per_round']} batches (least to most); crops of "
+        f"medians of {found['rounds']} rounds of {found['batches_per_round']} batches (least to most); the cache is "
+        f"{found['decoded_bytes'] / 1e6:,.0f} MB; crops of "
         f"{error['people']} people differ by {error['pixel_mean']:.4f} grey levels in the mean, "
         f"{error['pixel_max']:.0f} at most, their keypoints by {error['keypoint_max']:.1e} pixels at most",
         soft_wrap=True,

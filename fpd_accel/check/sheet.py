@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fpd_accel.check.labels import Finding, Labels
-from fpd_accel.data.shards import Shards, decode_image
+from fpd_accel.data.images import decode_image
+from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, transform_points
 from fpd_accel.log import track

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fpd_accel.data.shards import Shards, ShardWriter, read_image
+from fpd_accel.data.images import read_image
+from fpd_accel.data.shards import Shards, ShardWriter
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import clip_box
 from fpd_accel.log import track

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from fpd_accel.data.coco import SKIPPED as SKIPPED_OF_COCO
+from fpd_accel.data.images import read_image
 from fpd_accel.data.mpii_annotations import (
     Person,
     check_same_people,
@@ -29,7 +30,7 @@ from fpd_accel.data.mpii_annotations import (
     read_hrnet_json,
     read_release,
 )
-from fpd_accel.data.shards import Shards, ShardWriter, read_image
+from fpd_accel.data.shards import Shards, ShardWriter
 from fpd_accel.errors import DataError
 from fpd_accel.log import track
 from fpd_accel.skeleton import MPII

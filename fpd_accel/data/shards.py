@@ -13,19 +13,18 @@ import shutil
 import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import cv2
 import datasets
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from fpd_accel.config import is_url
 from fpd_accel.data.columns import BytesColumn, Column
+from fpd_accel.data.images import KeptPixels, StoredImage
 from fpd_accel.data.remote import PARTS, Layout, Part, Published, open_arrow, quiet_datasets, read_description
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side, clip_box
@@ -60,33 +59,6 @@ def people_features(num_keypoints: int, *, head_sizes: bool = False) -> Features
     )
 
 
-@dataclass(frozen=True)
-class StoredImage:
-    """An image as it lies in the shards, and its size in pixels."""
-
-    data: np.ndarray | bytes
-    height: int
-    width: int
-
-
-def decode_image(data: np.ndarray | bytes) -> np.ndarray | None:
-    """RGB pixels (height, width, 3), the EXIF orientation ignored as COCO's annotations want; None if undecodable."""
-    if not len(data):
-        return None
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
-
-
-def read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
-    """The problem with an image file (a key of ``SKIPPED`` in ``coco.py``, or None), its bytes, its (height, width)."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return "image_missing", b"", (0, 0)
-    pixels = decode_image(data)
-    return ("image_corrupt", b"", (0, 0)) if pixels is None else (None, data, pixels.shape[:2])
-
-
 class Shards:
     """A prepared dataset, opened memory-mapped. Picklable: a worker opens it again.
 
@@ -102,6 +74,7 @@ class Shards:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path | str = str(path) if is_url(path) else Path(path)
         self.published: Published | None = None
+        self.decoded: KeptPixels | None = None  # of images whose pixels are on a disk: see decoded.py
         self._stamps: dict[Path, tuple[int, ...] | None] = {}
         name, content = f"{self.path}/dataset.json", read_description(self.path)
         try:
@@ -166,10 +139,24 @@ class Shards:
         return BytesColumn(table.column("bytes")), Column(table.column("height")), Column(table.column("width"))
 
     def read_images(self, rows: Sequence[int]) -> list[StoredImage]:
-        """Some images, whose bytes stay where they are."""
-        data, heights, widths = self._stored
-        sizes = zip(heights[rows].tolist(), widths[rows].tolist(), strict=True)
-        return [StoredImage(data[row], height, width) for row, (height, width) in zip(rows, sizes, strict=True)]
+        """Some images, whose bytes, or pixels, stay where they are."""
+        encoded, heights, widths = self._stored
+        sizes = zip(rows, heights[rows].tolist(), widths[rows].tolist(), strict=True)
+        return [StoredImage(self._pixels(row, encoded), height, width) for row, height, width in sizes]
+
+    def _pixels(self, row: int, encoded: BytesColumn) -> np.ndarray:
+        """Of an image whose pixels are kept those, of others the bytes they are encoded in."""
+        pixels = self.decoded.get(row) if self.decoded is not None else None
+        return encoded[row] if pixels is None else pixels
+
+    def image_sizes(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths of some images, pixels."""
+        _, heights, widths = self._stored
+        return heights[rows], widths[rows]
+
+    def image_name(self, row: int) -> str:
+        """The file that an image was prepared from."""
+        return str(self.images[[row]]["file_name"][0])
 
     def _open(self, name: Part) -> Dataset:
         folder = self.folders[name]

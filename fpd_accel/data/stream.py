@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from fpd_accel.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.images import StoredImage, decode_image
 from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.order import by_image
-from fpd_accel.data.shards import LABELS, Shards, StoredImage, decode_image
+from fpd_accel.data.shards import LABELS, Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 from fpd_accel.stop import end_process, outlive_stop
@@ -181,8 +182,9 @@ class PoseStream(IterableDataset[Batch]):
         pixels = decode_image(person.image.data)
         if pixels is None:
             shards = self.sources[person.place.source].shards
-            name = shards.images[[person.image_row]]["file_name"][0]
-            raise DataError(f"{shards.path}: image {name} no longer decodes; prepare it again")
+            raise DataError(
+                f"{shards.path}: image {shards.image_name(person.image_row)} no longer decodes; prepare it again"
+            )
         return pixels
 
     def _geometries(self, people: Sequence[Person]) -> list[Geometry]:

@@ -24,8 +24,9 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from torch.utils.data import get_worker_info
 
+from fpd_accel.data.images import StoredImage
 from fpd_accel.data.remote import Part, Published, written_to
-from fpd_accel.data.shards import Shards, StoredImage
+from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.log import say
 
