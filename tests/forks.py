@@ -61,6 +61,7 @@ def note_ends(running: set[int], folder: Path) -> None:
 
 def run(asked: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     os.environ.clear()
     os.environ.update(asked["environment"])

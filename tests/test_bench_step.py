@@ -66,18 +66,19 @@ def test_bench_step_prints_tables_and_writes_the_same_as_json_and_as_a_picture(
     assert report["settings"]["precision"] in ("fp32", "bf16")
     assert all(value > 0 for value in report["ceilings"].values())
     (one,) = report["batches"]
-    assert set(one["variants"]) == {"a", "a1", "b", "c"}
+    assert set(one["variants"]) == {"a", "a1", "b", "c", "d"}
     for found in one["variants"].values():
         assert found["images_per_second"]["median"] == pytest.approx(2 / found["seconds"][0])
         assert found["kernels"] > 100
     published_rate, our_rate = (one["variants"][name]["images_per_second"]["median"] for name in ("a", "c"))
     assert one["ratios"]["c/a"]["median"] == pytest.approx(our_rate / published_rate)
-    assert set(one["ratios"]) == {"c/a", "c/a1", "c/b"}
+    assert set(one["ratios"]) == {"c/a", "c/a1", "c/b", "d/a", "d/a1", "d/c"}
     assert list(one["stages"]) == [*STAGES, "host gap"]
     assert one["roofline"]["reached"] == pytest.approx(our_rate / one["roofline"]["images_per_second"])
-    assert one["gate"]["problems"] == report["exact_gate"]["problems"] == []
+    assert [gate["problems"] for gate in (report["exact_gate"], one["gates"]["c"], one["gates"]["d"])] == [[], [], []]
     for words in (
         "c / it",
+        "d / it",
         "c against a in float64",
         "operators",
         "fused roofline",

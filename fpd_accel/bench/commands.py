@@ -10,6 +10,8 @@ from typing import Any
 from fpd_accel.errors import DataError
 from fpd_accel.files import prepare_file, write_whole
 
+VARIANTS = ("a", "a1", "b", "c", "d")  # of a step; see step.py
+
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
     """``data``, ``eval``, ``scale`` and ``step``, each with ``run``, which takes the parsed arguments."""
@@ -78,14 +80,14 @@ def _add_step(whats: Any) -> argparse.ArgumentParser:
     step.add_argument("--steps", type=int, help="of each variant in a round (default: 1; on a GPU 20)")
     step.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     step.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of b and c (default: what is fast)"
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of b, c and d (default: what is fast)"
     )
-    step.add_argument("--variants", nargs="+", choices=("a", "a1", "b", "c"), default=("a", "a1", "b", "c"))
+    step.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     step.add_argument(
         "--compile",
         choices=("none", "units", "whole"),
         default="none",
-        help="in c, of both networks (default: none)",
+        help="in c and d, of both networks (default: none)",
     )
     step.add_argument("--picture", type=Path, metavar="FILE.png", help="bars of rates and stages to write")
     step.set_defaults(run=_step)

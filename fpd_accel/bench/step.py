@@ -1,9 +1,9 @@
 """What a training step costs beside the published one: same weights, same batches, rounds of all variants interleaved.
 
-The variants are those of ``reference_step.py`` and, as ``c``, ours (``our_step.py``). A round is so many steps of each
-variant, timed from an idle device to an idle device; ratios are taken within a round, so that whatever disturbs the
-machine disturbs both. Data are made before: what the published loader makes on the host costs it nothing here but the
-copy to the device.
+The variants are those of ``reference_step.py`` and, as ``c`` and ``d``, ours (``our_step.py``). A round is so many
+steps of each variant, timed from an idle device to an idle device; ratios are taken within a round, so that whatever
+disturbs the machine disturbs both. Data are made before: what the published loader makes on the host costs it nothing
+here but the copy to the device.
 """
 
 import copy
@@ -12,13 +12,13 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from fpd_accel.bench import step_gate
 from fpd_accel.bench.ceilings import copy_ceiling, matmul_ceiling, synchronize
@@ -31,19 +31,23 @@ from fpd_accel.bench.step_probe import Memory, Stopwatch, count_kernels
 from fpd_accel.codecs import HeatmapCodec, create_codec
 from fpd_accel.config import Codec, Compile, Train
 from fpd_accel.data.batch import Batch
+from fpd_accel.data.lessons import pack
 from fpd_accel.errors import ModelError
 from fpd_accel.log import say, track
 from fpd_accel.models import create_model
 from fpd_accel.models.simcc import SUFFIX
 from fpd_accel.processes import create_accelerator
+from fpd_accel.teacher import Teacher
 
 VARIANTS = {
     "a": "published: fp32, teacher with gradients, loss joint by joint, three .item(), accuracy on the host",
     "a1": "the same, teacher without gradients",
     "b": "eager autocast, teacher without gradients, loss at once, .item()",
     "c": "ours",
+    "d": "ours, what the teacher says read from its cache (teacher.cache, bf16)",
 }
-RATIOS = (("c", "a"), ("c", "a1"), ("c", "b"))
+OURS = ("c", "d")
+RATIOS = (("c", "a"), ("c", "a1"), ("c", "b"), ("d", "a"), ("d", "a1"), ("d", "c"))
 EXACT_PEOPLE = 2  # of the comparison in float64
 BATCHES = 2  # different ones, in turn
 WARM_UP = {"cpu": 1, "cuda": 5}  # steps that do not count
@@ -101,7 +105,7 @@ def bench_step(bench: StepBench) -> dict[str, Any]:
     codec = create_codec(Codec(), bench.input_size)
     assert isinstance(codec, HeatmapCodec)
     ground = Ground(bench, networks, accelerator, precision, ceilings, codec)
-    exact = _check_exactly(ground) if "c" in bench.variants else None
+    exact = _check_exactly(ground) if set(OURS) & set(bench.variants) else None
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True  # as the published configurations have it
     try:
@@ -156,10 +160,14 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
     device, bench = ground.accelerator.device, ground.bench
     ours, theirs = _people(ground, batch)
     contestants = {name: _contestant(name, ground, batch) for name in bench.variants}
-    inputs: dict[str, list[Any]] = {name: ours if name == "c" else theirs for name in contestants}
-    gate = None
-    if "c" in contestants:
-        gate = _check_as_timed(ground, contestants, ours[0], theirs[0])
+    inputs: dict[str, list[Any]] = {name: ours if name in OURS else theirs for name in contestants}
+    if "d" in contestants:
+        inputs["d"] = [_with_lessons(one, ground) for one in ours]
+    gates = {
+        name: _check_as_timed(name, ground, contestants, inputs[name][0], theirs[0])
+        for name in OURS
+        if name in contestants
+    }
     found: dict[str, dict[str, Any]] = {}
     for name, contestant in track(contestants.items(), f"warming up, batch {batch}", total=len(contestants)):
         memory = Memory(device)
@@ -171,7 +179,7 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
     rates = {name: [batch / each for each in own] for name, own in seconds.items()}
     for name, own in found.items():
         own |= {"images_per_second": spread(rates[name]), "seconds": seconds[name]}
-    result: dict[str, Any] = {"batch": batch, "gate": gate, "variants": found, "ratios": _ratios(rates)}
+    result: dict[str, Any] = {"batch": batch, "gates": gates, "variants": found, "ratios": _ratios(rates)}
     result["roofline"] = summary(_passes(ground, batch), ground.ceilings, batch)
     mine = contestants.get("c")
     if isinstance(mine, OurStep):
@@ -195,11 +203,23 @@ def _people(ground: Ground, batch: int) -> tuple[list[Batch], list[FloatBatch]]:
     return [one.pin_memory() for one in ours], [one.pin_memory() for one in theirs]
 
 
+def _with_lessons(batch: Batch, ground: Ground) -> Batch:
+    """The same people with what the teacher says of them, as its cache keeps it."""
+    _, network = ground.networks
+    device = ground.accelerator.device
+    teacher = Teacher(copy.deepcopy(network), device=device)
+    heatmaps = teacher(batch.crops.to(device))[-1]
+    assert isinstance(heatmaps, Tensor)
+    lessons, _ = pack(heatmaps[:, None], "bf16")
+    taught = replace(batch, lessons=lessons.clone().cpu())
+    return taught if device.type == "cpu" else taught.pin_memory()
+
+
 def _contestant(name: str, ground: Ground, batch: int) -> Contestant:
     """A variant with its own copy of the weights."""
     student, teacher = (copy.deepcopy(network) for network in ground.networks)
     device = ground.accelerator.device
-    if name == "c":
+    if name in OURS:
         train = Train(global_batch=batch, precision=ground.precision, compile=ground.bench.compile)
         return OurStep(student, teacher, ground.accelerator, codec=ground.codec, train=train)
     if name == "b":
@@ -223,10 +243,10 @@ def _check_exactly(ground: Ground) -> dict[str, Any]:
 
 
 def _check_as_timed(
-    ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
+    name: str, ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
 ) -> dict[str, Any]:
-    """Ours as it is timed against the published step, which is made for it where it is not measured."""
-    mine, published = contestants["c"], contestants.get("a") or _contestant("a", ground, len(ours))
+    """One of ours as it is timed against the published step, which is made for it where it is not measured."""
+    mine, published = contestants[name], contestants.get("a") or _contestant("a", ground, len(ours))
     student, teacher = (copy.deepcopy(network) for network in ground.networks)
     if ground.precision == "fp32":  # another order of sums: else there would be no difference to measure
         student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher))
@@ -237,9 +257,9 @@ def _check_as_timed(
         step_gate.our_outcome(mine, ours),
         step_gate.outcome_of(published, theirs),
         step_gate.outcome_of(plain, theirs),
-        ground.precision,
+        "bf16" if name == "d" else ground.precision,  # the cache is bf16, whatever the step
     )
-    step_gate.require_agreement(gate, f"at batch {len(ours)} in {ground.precision}")
+    step_gate.require_agreement(gate, f"at batch {len(ours)} in {ground.precision}, variant {name},")
     return gate
 
 

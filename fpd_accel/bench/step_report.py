@@ -1,6 +1,7 @@
 """The measurements of ``fpd-accel bench step`` as tables and as one picture."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import cv2
@@ -15,7 +16,7 @@ from fpd_accel.visualize import Picture
 HEIGHT, MARGIN, TOP = 420, 70, 60  # pixels of a panel, of the axis beside it, and of the titles above it
 BAR, GAP = 34, 26  # pixels of a bar, and between groups of bars
 LEGEND = 190
-COLORS = ((90, 90, 90), (150, 150, 150), (222, 143, 5), (1, 115, 178))  # of variants, RGB
+COLORS = ((90, 90, 90), (150, 150, 150), (222, 143, 5), (1, 115, 178), (2, 158, 115))  # of variants, RGB
 STAGE_COLORS = (
     (148, 148, 148), (86, 180, 233), (2, 158, 115), (1, 115, 178), (204, 120, 188), (222, 143, 5), (202, 145, 97),
     (213, 94, 0),
@@ -26,7 +27,7 @@ INK, PAPER = (30, 30, 30), 255
 def show_step(report: dict[str, Any]) -> None:
     """Print what was measured."""
     settings = report["settings"]
-    title = f"Step: {settings['teacher']} teaches {settings['student']}, {_by(settings['input_size'])}, b and c in "
+    title = f"Step: {settings['teacher']} teaches {settings['student']}, {_by(settings['input_size'])}, b, c and d in "
     results.print(_variants_table(report, title + settings["precision"]))
     if any("stages" in one for one in report["batches"]):
         results.print(_stages_table(report))
@@ -45,13 +46,15 @@ def _by(size: Sequence[int]) -> str:
 def _variants_table(report: dict[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     work = "kernels" if report["settings"]["device"] == "cuda" else "operators"
-    for name in ("batch", "variant", "images/s", "quartiles", "c / it", "quartiles", work, "peak MB"):
+    compared = ("c / it", "quartiles", "d / it", "quartiles")
+    for name in ("batch", "variant", "images/s", "quartiles", *compared, work, "peak MB"):
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
     for one in report["batches"]:
         for name, found in one["variants"].items():
-            rate, ratio = found["images_per_second"], one["ratios"].get(f"c/{name}")
+            ratios = (one["ratios"].get(f"{ours}/{name}") for ours in "cd")
             table.add_row(
-                str(one["batch"]), _name(name), *_shown(rate, ".4g"), *_shown(ratio, ".2f"),
+                str(one["batch"]), _name(name), *_shown(found["images_per_second"], ".4g"),
+                *chain.from_iterable(_shown(ratio, ".2f") for ratio in ratios),
                 str(found["kernels"]), "-" if found["memory_mb"] is None else f"{found['memory_mb']:,.0f}",
             )  # fmt: skip
         table.add_section()
@@ -85,7 +88,7 @@ def _stages_table(report: dict[str, Any]) -> Table:
 def _notes(report: dict[str, Any]) -> list[str]:
     settings, ceilings = report["settings"], report["ceilings"]
     lines = [f"{_name(name)}: {what}" for name, what in report["variants"].items()]
-    lines.append(f"precision of b and c {settings['precision']}: {settings['precision_reason']}")
+    lines.append(f"precision of b, c and d {settings['precision']}: {settings['precision_reason']}")
     lines.append(
         f"ceilings: {ceilings['matmul_tflops']:.4g} TFLOP/s of matrix products in {settings['precision']}, "
         f"{ceilings['fp32_matmul_tflops']:.4g} in fp32, {ceilings['copy_gbytes']:.4g} GB/s of copies"
@@ -96,9 +99,13 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"batch {one['batch']}: {roofline['gflops_per_image']:.4g} GFLOP and {roofline['megabytes_per_image']:.4g} "
             f"MB per image, {100 * roofline['memory_bound_share']:.0f} % of the roofline's time bound by memory"
         )
-    gates = [("in float64", report["exact_gate"])]
-    gates += [(f"at batch {one['batch']}, as timed", one["gate"]) for one in report["batches"]]
-    lines += [f"c against a {where}, relative: {_agreement(gate)}" for where, gate in gates if gate is not None]
+    gates = [("c against a in float64", report["exact_gate"])]
+    gates += [
+        (f"{name} against a at batch {one['batch']}, as timed", gate)
+        for one in report["batches"]
+        for name, gate in one["gates"].items()
+    ]
+    lines += [f"{which}, relative: {_agreement(gate)}" for which, gate in gates if gate is not None]
     lines.append(describe(report["environment"]) + f"; {report['environment']['device']}")
     return lines
 
@@ -172,7 +179,7 @@ def _level(share: float) -> int:
 
 
 def _color(variant: str) -> tuple[int, int, int]:
-    return COLORS[("a", "a1", "b", "c").index(variant)]
+    return COLORS[("a", "a1", "b", "c", "d").index(variant)]
 
 
 def _legend(canvas: Picture, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Picture:
