@@ -516,7 +516,8 @@ def test_ctrl_c_ends_the_run_without_leaving_anything_half_written(
     folder = tmp_path / "interrupted"
     sections = {"train": {"steps": 40000}, "checkpoint": {"every_steps": 2}, "data": {"valid": None, "workers": 1}}
     job = start(DISTILL, "--config", short_recipe("interrupted", **sections))
-    wait_for(lambda: any((folder / "checkpoints").glob(".step_*.writing")), "a checkpoint", job, every=0.0005)
+    wait_for((folder / "checkpoints" / "latest").exists, "a checkpoint", job)
+    wait_for(lambda: any((folder / "checkpoints").glob(".step_*.writing")), "another one", job, every=0.0005)
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does, loader processes included
     said = job.ends()
     assert job.returncode == 130, said
