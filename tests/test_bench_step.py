@@ -32,6 +32,7 @@ from fpd_accel.bench.step_inputs import choose_precision, host_made, make_batch
 from fpd_accel.bench.step_probe import Memory, covered, weight_bytes
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Train
+from fpd_accel.data.lessons import pack
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.losses import heatmap_mse
 from fpd_accel.processes import create_accelerator
@@ -121,6 +122,15 @@ def test_a_wrong_loss_is_not_timed(
     assert "bench step: in float64 ours differs from the published step" in said
     assert words in said
     assert not file.exists()
+
+
+def test_a_cache_that_says_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fpd_accel.bench.step.pack", lambda heatmaps, dtype: pack(2 * heatmaps, dtype))
+    assert cli.main([*TINY, "--batch", "2", "--variants", "d", "--precision", "fp32"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "variant d, ours differs from the published step" in said
 
 
 def _biased(predicted: Tensor) -> Tensor:

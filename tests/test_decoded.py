@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fpd_accel.augment import Augment
-from fpd_accel.config import load_recipe
+from fpd_accel.config import differences, load_recipe
 from fpd_accel.data import PoseStream, Shards, make_loader
 from fpd_accel.data import decoded as module
 from fpd_accel.data.decoded import open_decoded
@@ -63,6 +64,9 @@ def test_a_run_has_the_curve_of_one_without(tiny_recipe: Callable[..., Path], tm
     for name, values in (("plain", {}), ("cached", {"decoded_cache": str(tmp_path / "pixels")})):
         recipe = load_recipe(tiny_recipe(data=values, run={"name": name}))
         scores.append(run(recipe)[-1].metrics)
+    plain, cached = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("plain", "cached"))
+    assert not [difference for difference in differences(plain, cached)[0] if "decoded_cache" in difference]
+    assert [difference for difference in differences(plain, cached)[1] if "decoded_cache" in difference]
     curves = [(tmp_path / name / "checkpoints" / "latest").parent for name in ("plain", "cached")]
     weights = [(next(curve.glob("step_*")) / "student.safetensors").read_bytes() for curve in curves]
     assert weights[0] == weights[1]
@@ -88,11 +92,13 @@ def test_a_disk_without_room_is_said_before_and_leaves_nothing(tiny_shards: Path
     ):
         open_decoded(Shards(tiny_shards), tmp_path)
     assert not list(tmp_path.glob("*.pixels"))
-    with (
-        patch.object(module.os, "pwrite", side_effect=OSError(28, "No space left on device")),
-        pytest.raises(DataError, match=r"cannot be written: No space left on device; make room"),
-    ):
-        open_decoded(Shards(tiny_shards), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written: File too large; make room"):
+            open_decoded(Shards(tiny_shards), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.[pw]*"))
 
 

@@ -27,7 +27,7 @@ from fpd_accel.files import flush
 from fpd_accel.log import available_cores, say, track
 
 CHANNELS = 3
-AT_ONCE = 64  # images that are waited for together
+AT_ONCE = 64  # images that wait in memory to be written
 
 
 class DecodedImages:
@@ -107,12 +107,9 @@ def _decode_all(shards: Shards, decoded: DecodedImages) -> None:
         )
     staged = decoded.path.with_suffix(".writing")  # what a killed process left is written anew
     try:
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            for _ in track(_decoded_one_by_one(shards, decoded, descriptor), "decoding", len(decoded)):
-                pass
-        finally:
-            os.close(descriptor)
+        with staged.open("wb") as file:
+            for pixels in track(_decoded_in_order(shards, decoded), "decoding", len(decoded)):
+                file.write(pixels.data)
         flush(staged)
         staged.replace(decoded.path)
     except BaseException:
@@ -120,25 +117,19 @@ def _decode_all(shards: Shards, decoded: DecodedImages) -> None:
         raise
 
 
-def _decoded_one_by_one(shards: Shards, decoded: DecodedImages, descriptor: int) -> Iterator[None]:
-    """All images, by threads: OpenCV decodes without Python's lock."""
+def _decoded_in_order(shards: Shards, decoded: DecodedImages) -> Iterator[np.ndarray]:
+    """All images, decoded by threads: OpenCV does it without Python's lock."""
 
-    def write(number: int) -> None:
-        row, end = int(decoded.rows[number]), int(decoded.ends[number])
+    def decode(number: int) -> np.ndarray:
+        row, shape = int(decoded.rows[number]), (int(decoded.heights[number]), int(decoded.widths[number]), CHANNELS)
         pixels = decode_image(shards.read_images([row])[0].data)
-        shape = int(decoded.heights[number]), int(decoded.widths[number]), CHANNELS
         if pixels is None or pixels.shape != shape:
             raise DataError(f"{shards.path}: image {shards.image_name(row)} no longer decodes; prepare it again")
-        left, place = memoryview(pixels.tobytes()), end - pixels.nbytes
-        while left:
-            written = os.pwrite(descriptor, left, place)
-            left, place = left[written:], place + written
+        return pixels
 
     with ThreadPoolExecutor(available_cores()) as threads:
         for first in range(0, len(decoded), AT_ONCE):
-            numbers = range(first, min(first + AT_ONCE, len(decoded)))
-            for _ in threads.map(write, numbers):
-                yield
+            yield from threads.map(decode, range(first, min(first + AT_ONCE, len(decoded))))
 
 
 @contextmanager
