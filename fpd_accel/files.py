@@ -51,6 +51,14 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def amount(count: int) -> str:
+    """Bytes in words."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def _replace(path: Path, staged: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     try:

@@ -29,7 +29,7 @@ from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import close_loader, make_loader
 from fpd_accel.data.views import EveryView
 from fpd_accel.errors import DataError, Preempted, TrainingError
-from fpd_accel.files import replace_file
+from fpd_accel.files import amount, replace_file
 from fpd_accel.log import say, track, warn
 from fpd_accel.model_folder import ModelConfig
 from fpd_accel.models import PoseModel
@@ -78,7 +78,7 @@ class CacheBuilder:
         opened = on_every_rank(
             self.accelerator, partial(self._open_whole, lessons.layout), same=lambda found: found.layout
         )
-        say(f"teacher cache: {opened.folder}: {_size(opened.layout.records * opened.layout.record_bytes)}, complete")
+        say(f"teacher cache: {opened.folder}: {amount(opened.layout.records * opened.layout.record_bytes)}, complete")
         return opened
 
     @property
@@ -187,14 +187,14 @@ class CacheBuilder:
             what = (
                 f"{layout.views} views x {sum(layout.people)} people x {stages * joints} heatmaps of {height} x {width}"
             )
-            there = f", of which {_size(whole - needed)} are there" if needed < whole else ""
+            there = f", of which {amount(whole - needed)} are there" if needed < whole else ""
             say(
-                f"teacher cache: {what}, {layout.dtype}: {_size(whole)}{there}; {_size(free)} are free in {folder}; "
-                f"training reads {_size(layout.record_bytes)} per sample"
+                f"teacher cache: {what}, {layout.dtype}: {amount(whole)}{there}; {amount(free)} are free in {folder}; "
+                f"training reads {amount(layout.record_bytes)} per sample"
             )
             if needed > free:
                 raise DataError(
-                    f"teacher.cache: {_size(needed)} more are needed in {folder}, where {_size(free)} are free; make "
+                    f"teacher.cache: {amount(needed)} more are needed in {folder}, where {amount(free)} are free; make "
                     f"room, set teacher.cache.folder to another disk{_smaller(layout)}"
                 )
             self._say_gain(student, layout.views, samples / sum(layout.people))
@@ -300,14 +300,6 @@ class CacheBuilder:
                 f"{self.folder}: asked to stop ({self.stop.name or 'on another rank'}) while the teacher's cache was "
                 "built; what is finished of it is kept; the same command goes on from there"
             )
-
-
-def _size(count: int) -> str:
-    """Bytes in words."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _smaller(layout: Layout) -> str:

@@ -88,7 +88,7 @@ def test_a_cache_is_built_once_and_again_after_a_kill(tiny_shards: Path, tmp_pat
 def test_a_disk_without_room_is_said_before_and_leaves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
     with (
         patch.object(module.shutil, "disk_usage", return_value=SimpleNamespace(free=0)),
-        pytest.raises(DataError, match=r"data.decoded_cache: .* GB are needed and 0.00 GB are free"),
+        pytest.raises(DataError, match=r"data.decoded_cache: .* kB are needed and 0.0 kB are free"),
     ):
         open_decoded(Shards(tiny_shards), tmp_path)
     assert not list(tmp_path.glob("*.pixels"))

@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from fpd_accel.data.images import decode_image
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
-from fpd_accel.files import flush
+from fpd_accel.files import amount, flush
 from fpd_accel.log import available_cores, say, track
 
 CHANNELS = 3
@@ -97,13 +97,13 @@ def open_decoded(shards: Shards, folder: str | os.PathLike[str], *, rows: np.nda
 def _decode_all(shards: Shards, decoded: DecodedImages) -> None:
     free = shutil.disk_usage(decoded.path.parent).free
     say(
-        f"data.decoded_cache: {len(decoded)} images of {shards.path} as pixels: {decoded.bytes / 1e9:.2f} GB in "
-        f"{decoded.path}, where {free / 1e9:.2f} GB are free"
+        f"data.decoded_cache: {len(decoded)} images of {shards.path} as pixels: {amount(decoded.bytes)} in "
+        f"{decoded.path}, where {amount(free)} are free"
     )
     if decoded.bytes > free:
         raise DataError(
-            f"data.decoded_cache: {decoded.path.parent}: {decoded.bytes / 1e9:.2f} GB are needed and "
-            f"{free / 1e9:.2f} GB are free; make room, name another disk, or leave it out"
+            f"data.decoded_cache: {decoded.path.parent}: {amount(decoded.bytes)} are needed and "
+            f"{amount(free)} are free; make room, name another disk, or leave it out"
         )
     staged = decoded.path.with_suffix(".writing")  # what a killed process left is written anew
     try:
