@@ -2,7 +2,9 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fpd_accel import cli, create_model, distill
-from fpd_accel.bench import step_gate
+from fpd_accel.bench import step_gate, step_probe
 from fpd_accel.bench.our_step import STAGES, OurStep
 from fpd_accel.bench.reference_step import PlainStep, PublishedStep, host_accuracy, per_joint_mse
 from fpd_accel.bench.roofline import (
@@ -122,6 +124,71 @@ def test_a_wrong_loss_is_not_timed(
     assert "bench step: in float64 ours differs from the published step" in said
     assert words in said
     assert not file.exists()
+
+
+def test_a_variant_that_does_not_fit_is_left_out_and_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = PublishedStep.forward
+
+    def full(step: PublishedStep, batch: Any) -> Any:
+        if step.teacher_gradients and len(batch.images) == 4:
+            raise torch.OutOfMemoryError("of 80 GB")
+        return forward(step, batch)
+
+    monkeypatch.setattr(PublishedStep, "forward", full)
+    files = ["--json", str(tmp_path / "step.json"), "--picture", str(tmp_path / "step.png")]
+    assert cli.main([*TINY, "--batch", "2", "4", "--variants", "a", "a1", "c", "--precision", "fp32", *files]) == 0
+    small, large = json.loads((tmp_path / "step.json").read_bytes())["batches"]
+    assert small["no_room"] == []
+    assert large["no_room"] == ["a"]
+    assert set(large["variants"]) == {"a1", "c"}
+    assert set(large["ratios"]) == {"c/a1"}
+    assert large["gates"]["c"]["problems"] == []  # against a1
+    printed = capsys.readouterr().out
+    assert "batch 4: a: the device's memory does not suffice" in printed
+    assert cv2.imread(str(tmp_path / "step.png")).shape[0] > 400
+
+
+def test_a_batch_that_does_not_fit_at_all_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = OurStep.forward
+
+    def full(step: OurStep, batch: Any) -> Any:
+        if len(batch) == 4:
+            raise torch.OutOfMemoryError("of 80 GB")
+        return forward(step, batch)
+
+    monkeypatch.setattr(OurStep, "forward", full)
+    files = ["--json", str(tmp_path / "step.json"), "--picture", str(tmp_path / "step.png")]
+    assert cli.main([*TINY, "--batch", "2", "4", "--variants", "c", "--precision", "fp32", *files]) == 0
+    small, large = json.loads((tmp_path / "step.json").read_bytes())["batches"]
+    assert set(small["variants"]) == {"c"}
+    assert (large["variants"], large["no_room"]) == ({}, ["c"])
+    assert "batch 4: c: the device's memory does not suffice" in capsys.readouterr().out
+
+
+def test_people_too_few_to_train_on_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TINY[:-5], "--input", "16", "16", "--rounds", "1", "--batch", "1"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "tiny_w8: cannot be trained on 1 of 16x16" in said
+    assert "take a larger --batch or --input" in said
+
+
+def test_named_ranges_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(name: str, start: float, end: float, *, named: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=SimpleNamespace(name="CUDA"), is_user_annotation=named,
+            time_range=SimpleNamespace(start=start, end=end),
+        )  # fmt: skip
+
+    events = [event("gemm", 0, 10), event("Memcpy HtoD", 20, 30), event("Optimizer.step#Adam.step", 0, 100, named=True)]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(step_probe, "profile", lambda **_: nullcontext(profiler))
+    monkeypatch.setattr(step_probe, "synchronize", lambda _: None)
+    found = step_probe.count_kernels(lambda: None, torch.device("cuda"))
+    assert found == {"kernels": 1, "busy_seconds": pytest.approx(20e-6)}
 
 
 def test_a_cache_that_says_something_else_is_not_timed(

@@ -11,10 +11,10 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +44,7 @@ VARIANTS = {
     "a1": "the same, teacher without gradients",
     "b": "eager autocast, teacher without gradients, loss at once, .item()",
     "c": "ours",
-    "d": "ours, what the teacher says read from its cache (teacher.cache, bf16)",
+    "d": "ours, what the teacher says in memory, as its cache keeps it (teacher.cache, bf16)",
 }
 OURS = ("c", "d")
 RATIOS = (("c", "a"), ("c", "a1"), ("c", "b"), ("d", "a"), ("d", "a1"), ("d", "c"))
@@ -54,6 +54,7 @@ WARM_UP = {"cpu": 1, "cuda": 5}  # steps that do not count
 STEPS = {"cpu": 1, "cuda": 20}  # of a round
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Contestant = HostLoop | OurStep
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class StepBench:
     steps: int | None = None  # of a round; None: what suits the device
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # of b and c: fp32, bf16, or bf16 where the hardware multiplies it
+        "auto"  # of b, c and d: fp32, bf16, or bf16 where the hardware multiplies it
     )
     variants: tuple[str, ...] = tuple(VARIANTS)
     compile: Compile = "none"  # of ours
@@ -96,25 +97,21 @@ def bench_step(bench: StepBench) -> dict[str, Any]:
     """
     device = choose_device(bench.device)
     precision, reason = choose_precision(bench.precision, device)
-    say(f"precision of b and c: {precision} ({reason})")
-    networks = _networks(bench)
+    say(f"precision of b, c and d: {precision} ({reason})")
+    where = environment() | {"device": _describe(device), "threads": torch.get_num_threads()}  # while others alone work
+    batches = bench.batches or ((4, 8) if device.type == "cpu" else (24, 32, 64, 128, 256, 512))
+    networks = _networks(bench, min(batches))
     accelerator = _accelerator(device, precision)
     ceilings = Ceilings(matmul_ceiling(device, DTYPES[precision]), copy_ceiling(device))
     fp32 = ceilings.flops if precision == "fp32" else matmul_ceiling(device, torch.float32)
-    batches = bench.batches or ((4, 8) if device.type == "cpu" else (24, 32, 64, 128, 256, 512))
     codec = create_codec(Codec(), bench.input_size)
     assert isinstance(codec, HeatmapCodec)
     ground = Ground(bench, networks, accelerator, precision, ceilings, codec)
     exact = _check_exactly(ground) if set(OURS) & set(bench.variants) else None
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True  # as the published configurations have it
-    try:
-        measured = [_measure(ground, batch) for batch in batches]
-    finally:
-        torch.backends.cudnn.benchmark = before
+    measured = [_measure(ground, batch) for batch in batches]
     return {
         "bench": "step",
-        "environment": environment() | {"device": _describe(device), "threads": torch.get_num_threads()},
+        "environment": where,
         "settings": asdict(bench) | {"device": device.type, "precision": precision, "precision_reason": reason},
         "variants": {name: VARIANTS[name] for name in bench.variants},
         "ceilings": {"matmul_tflops": ceilings.flops / 1e12, "fp32_matmul_tflops": fp32 / 1e12,
@@ -124,13 +121,22 @@ def bench_step(bench: StepBench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _networks(bench: StepBench) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher, whose copies all variants start from; checked by a forward on the meta device."""
+def _networks(bench: StepBench, people: int) -> tuple[nn.Module, nn.Module]:
+    """Student and teacher, whose copies all variants start from; checked by a forward of so many on the meta device."""
     for name in (bench.student, bench.teacher):
         if name.endswith(SUFFIX):
             raise ModelError(f"{name}: the published step knows heatmaps alone, so there is nothing to compare it with")
-        with torch.device("meta"):
-            create_model(name, JOINTS, input_size=bench.input_size)(torch.empty(2, 3, *bench.input_size))
+        try:
+            with torch.device("meta"):
+                network = create_model(name, JOINTS, input_size=bench.input_size).train(name == bench.student)
+                network(torch.empty(people, 3, *bench.input_size))
+        except ValueError as error:
+            if isinstance(error, ModelError):
+                raise
+            size = "x".join(map(str, bench.input_size))
+            raise ModelError(
+                f"{name}: cannot be trained on {people} of {size} ({error}); take a larger --batch or --input"
+            ) from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)
         student, teacher = (
@@ -156,34 +162,43 @@ def _passes(ground: Ground, batch: int) -> list[Pass]:
 
 
 def _measure(ground: Ground, batch: int) -> dict[str, Any]:
-    """Everything about one batch size."""
+    """Everything about one batch size; ``no_room``: the variants for which the device's memory does not suffice."""
     device, bench = ground.accelerator.device, ground.bench
     ours, theirs = _people(ground, batch)
     contestants = {name: _contestant(name, ground, batch) for name in bench.variants}
     inputs: dict[str, list[Any]] = {name: ours if name in OURS else theirs for name in contestants}
     if "d" in contestants:
         inputs["d"] = [_with_lessons(one, ground) for one in ours]
-    gates = {
-        name: _check_as_timed(name, ground, contestants, inputs[name][0], theirs[0])
-        for name in OURS
-        if name in contestants
-    }
+    gates = {}
+    for name in filter(contestants.__contains__, OURS):
+        for other in ("a", "a1"):  # of which the second takes half the memory, for the same gradient of the student
+            check = partial(_check_as_timed, name, other, ground, contestants, inputs[name][0], theirs[0])
+            if (gate := _if_room(check, device)) is not None:
+                gates[name] = gate
+                break
     found: dict[str, dict[str, Any]] = {}
-    for name, contestant in track(contestants.items(), f"warming up, batch {batch}", total=len(contestants)):
-        memory = Memory(device)
-        contestant.run(_turns(inputs[name], WARM_UP[device.type]))
-        peak = memory.peak_mb(contestant.student, contestant.teacher)
-        found[name] = {"memory_mb": peak, **count_kernels(partial(contestant.run, inputs[name][:1]), device)}
+    for name in track(list(contestants), f"warming up, batch {batch}", total=len(contestants)):
+        own = _if_room(partial(_warm_up, contestants[name], inputs[name], device), device)
+        if own is None:
+            del contestants[name]
+        else:
+            found[name] = own
     steps = bench.steps or STEPS[device.type]
-    seconds = _rounds(contestants, inputs, device, rounds=bench.rounds, steps=steps, title=f"measuring, batch {batch}")
+    title = f"measuring, batch {batch}"
+    timing = partial(_rounds, contestants, inputs, device, rounds=bench.rounds, steps=steps, title=title)
+    seconds = _if_room(timing, device) if contestants else {}
+    if seconds is None:
+        seconds, found = {}, {}
+        contestants.clear()
     rates = {name: [batch / each for each in own] for name, own in seconds.items()}
     for name, own in found.items():
         own |= {"images_per_second": spread(rates[name]), "seconds": seconds[name]}
     result: dict[str, Any] = {"batch": batch, "gates": gates, "variants": found, "ratios": _ratios(rates)}
+    result["no_room"] = [name for name in bench.variants if name not in found]
     result["roofline"] = summary(_passes(ground, batch), ground.ceilings, batch)
     mine = contestants.get("c")
     if isinstance(mine, OurStep):
-        stages = _stages(mine, ours, device, rounds=bench.rounds)
+        stages, result["host_ahead"] = _stages(mine, ours, device, rounds=bench.rounds)
         busy = found["c"]["busy_seconds"] or sum(stages.values())
         result["stages"] = stages | {"host gap": max(0.0, statistics.median(seconds["c"]) - busy)}
         result["roofline"]["reached"] = statistics.median(rates["c"]) / result["roofline"]["images_per_second"]
@@ -192,6 +207,29 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
     ground.accelerator.free_memory()  # it remembers what it has prepared
     gc.collect()
     return result
+
+
+def _if_room(work: Callable[[], Result], device: torch.device) -> Result | None:
+    """What it gives; None where the device's memory does not suffice, and what it took is given back."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass  # what its frames hold is freed only after this block
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _warm_up(contestant: Contestant, batches: Sequence[Any], device: torch.device) -> dict[str, Any]:
+    """The first steps of a variant, which do not count, and what one of those after them needs."""
+    memory = Memory(device)
+    contestant.run(_turns(batches, WARM_UP[device.type]))
+    if device.type == "cuda":  # while cuDNN chooses its algorithms it takes more than a step does
+        torch.cuda.reset_peak_memory_stats(device)
+        contestant.run(batches[:1])
+    peak = memory.peak_mb(contestant.student, contestant.teacher)
+    return {"memory_mb": peak, **count_kernels(partial(contestant.run, batches[:1]), device)}
 
 
 def _people(ground: Ground, batch: int) -> tuple[list[Batch], list[FloatBatch]]:
@@ -243,10 +281,10 @@ def _check_exactly(ground: Ground) -> dict[str, Any]:
 
 
 def _check_as_timed(
-    name: str, ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
+    name: str, other: str, ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
 ) -> dict[str, Any]:
-    """One of ours as it is timed against the published step, which is made for it where it is not measured."""
-    mine, published = contestants[name], contestants.get("a") or _contestant("a", ground, len(ours))
+    """One of ours as it is timed against the published step a or a1, which is made where it is not measured."""
+    mine, published = contestants[name], contestants.get(other) or _contestant(other, ground, len(ours))
     student, teacher = (copy.deepcopy(network) for network in ground.networks)
     if ground.precision == "fp32":  # another order of sums: else there would be no difference to measure
         student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher))
@@ -298,15 +336,20 @@ def _turns(batches: Sequence[Any], steps: int) -> list[Any]:
     return [batches[number % len(batches)] for number in range(steps)]
 
 
-def _stages(ours: OurStep, batches: Sequence[Batch], device: torch.device, *, rounds: int) -> dict[str, float]:
-    """Median seconds of each stage of a step of ours."""
+def _stages(
+    ours: OurStep, batches: Sequence[Batch], device: torch.device, *, rounds: int
+) -> tuple[dict[str, float], bool | None]:
+    """Median seconds of each stage of a step of ours, and whether they are a GPU's own (see :class:`Stopwatch`)."""
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    ahead: list[bool | None] = []
     for batch in _turns(batches, rounds):
         watch = Stopwatch(device)
         ours.staged(batch, watch.mark)
+        ahead.append(watch.host_is_ahead())
         for stage, seconds in watch.seconds().items():
             found[stage].append(seconds)
-    return {stage: statistics.median(seconds) for stage, seconds in found.items()}
+    medians = {stage: statistics.median(seconds) for stage, seconds in found.items()}
+    return medians, None if None in ahead else all(ahead)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

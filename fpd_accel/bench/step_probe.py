@@ -17,7 +17,11 @@ AHEAD = 200_000_000  # cycles, a tenth of a second: the device waits while the h
 
 
 class Stopwatch:
-    """The time between marks: by events on a GPU, of which the host runs ahead, so that its own time is not in them."""
+    """The time between marks: by events on a GPU, of which the host runs ahead, so that its own time is not in them.
+
+    A GPU takes a thousand kernels or so in advance. Where those of a step are more, and each is done sooner than the
+    host hands over the next, the GPU catches up (:meth:`host_is_ahead`), and stages have the host's time in them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.names = device, list[str]()
@@ -38,6 +42,10 @@ class Stopwatch:
         self.names.append(name)
         self._marks.append(self._now())
 
+    def host_is_ahead(self) -> bool | None:
+        """Right after the last mark: whether a GPU still has something to do; None on a CPU, which is the host."""
+        return None if self.device.type != "cuda" else not self._marks[-1].query()
+
     def seconds(self) -> dict[str, float]:
         synchronize(self.device)
         pairs = zip(self.names, self._marks, self._marks[1:], strict=False)
@@ -57,7 +65,8 @@ def count_kernels(work: Callable[[], object], device: torch.device) -> dict[str,
     if not cuda:
         outer = [e for e in events if _is_operator(e) and not _is_operator(e.cpu_parent)]
         return {"kernels": len(outer), "busy_seconds": None}
-    on_device = [event for event in events if event.device_type.name == "CUDA"]
+    # Ranges that PyTorch or a program names are there too, gaps and all.
+    on_device = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     spans = [(event.time_range.start, event.time_range.end) for event in on_device]
     return {"kernels": len(kernels), "busy_seconds": covered(spans) / 1e6}

@@ -1,5 +1,6 @@
 """The measurements of ``fpd-accel bench step`` as tables and as one picture."""
 
+import statistics
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -29,7 +30,7 @@ def show_step(report: dict[str, Any]) -> None:
     settings = report["settings"]
     title = f"Step: {settings['teacher']} teaches {settings['student']}, {_by(settings['input_size'])}, b, c and d in "
     results.print(_variants_table(report, title + settings["precision"]))
-    if any("stages" in one for one in report["batches"]):
+    if _staged(report):
         results.print(_stages_table(report))
     for line in _notes(report):
         results.print(escape(line), soft_wrap=True)
@@ -57,6 +58,8 @@ def _variants_table(report: dict[str, Any], title: str) -> Table:
                 *chain.from_iterable(_shown(ratio, ".2f") for ratio in ratios),
                 str(found["kernels"]), "-" if found["memory_mb"] is None else f"{found['memory_mb']:,.0f}",
             )  # fmt: skip
+        for name in one["no_room"]:
+            table.add_row(str(one["batch"]), _name(name), "no room")
         table.add_section()
     return table
 
@@ -68,21 +71,29 @@ def _shown(found: dict[str, float] | None, form: str) -> tuple[str, str]:
 
 
 def _stages_table(report: dict[str, Any]) -> Table:
-    table = Table(title="Stages of c: ms, and % of their sum", title_justify="left")
+    table = Table(title="Stages of c, timed apart: ms, and % of a step", title_justify="left")
     table.add_column("", no_wrap=True)
-    for one in report["batches"]:
+    batches = _staged(report)
+    for one in batches:
         table.add_column(f"batch {one['batch']}", justify="right", no_wrap=True)
-    for stage in report["batches"][0]["stages"]:
-        cells = []
-        for one in report["batches"]:
-            seconds, total = one["stages"][stage], sum(one["stages"].values())
-            cells.append(f"{1e3 * seconds:.2f}  {100 * seconds / total:4.1f} %")
-        table.add_row(stage, *cells)
-    reached = [f"{100 * one['roofline']['reached']:.1f} %" for one in report["batches"]]
+    for stage in batches[0]["stages"]:
+        cells = [(one["stages"][stage], _seconds(one)) for one in batches]
+        table.add_row(stage, *(f"{1e3 * seconds:.2f}  {100 * seconds / whole:4.1f} %" for seconds, whole in cells))
     table.add_section()
-    table.add_row("reached of the fused roofline", *reached)
-    table.add_row("roofline, images/s", *(f"{one['roofline']['images_per_second']:.4g}" for one in report["batches"]))
+    table.add_row("a step, ms", *(f"{1e3 * _seconds(one):.2f}        " for one in batches))
+    table.add_row("reached of the fused roofline", *(f"{100 * one['roofline']['reached']:.1f} %" for one in batches))
+    table.add_row("roofline, images/s", *(f"{one['roofline']['images_per_second']:.4g}" for one in batches))
     return table
+
+
+def _staged(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch sizes for which there are stages."""
+    return [one for one in report["batches"] if "stages" in one]
+
+
+def _seconds(one: dict[str, Any]) -> float:
+    """Of a whole step of c, as it was timed beside the others."""
+    return statistics.median(one["variants"]["c"]["seconds"])
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
@@ -99,6 +110,22 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"batch {one['batch']}: {roofline['gflops_per_image']:.4g} GFLOP and {roofline['megabytes_per_image']:.4g} "
             f"MB per image, {100 * roofline['memory_bound_share']:.0f} % of the roofline's time bound by memory"
         )
+    if _staged(report) and settings["compile"] != "none":
+        lines.append("stages are those of the step without the graphs of student and losses")
+    lines += [
+        f"batch {one['batch']}: the device caught up with the host, whose time is in the stages"
+        for one in _staged(report)
+        if one["host_ahead"] is False
+    ]
+    for one in report["batches"]:
+        if one["no_room"]:
+            names = ", ".join(map(_name, one["no_room"]))
+            lines.append(f"batch {one['batch']}: {names}: the device's memory does not suffice")
+        unchecked = [name for name in one["variants"] if name in "cd" and name not in one["gates"]]
+        if unchecked:
+            lines.append(
+                f"batch {one['batch']}: {', '.join(unchecked)}: no room to compare with a; compared in float64 alone"
+            )
     gates = [("c against a in float64", report["exact_gate"])]
     gates += [
         (f"{name} against a at batch {one['batch']}, as timed", gate)
@@ -122,15 +149,19 @@ def _agreement(gate: dict[str, Any]) -> str:
 def draw_step(report: dict[str, Any]) -> Picture:
     """Bars of images/s for each variant and batch; beside them the stages of ours, stacked."""
     panels = [_rates_panel(report)]
-    if any("stages" in one for one in report["batches"]):
+    if _staged(report):
         panels.append(_stages_panel(report))
     return np.concatenate(panels, axis=1)
 
 
 def _rates_panel(report: dict[str, Any]) -> Picture:
     names = list(report["variants"])
-    groups = [[one["variants"][name]["images_per_second"] for name in names] for one in report["batches"]]
-    highest = max(rate["high"] for group in groups for rate in group)
+    nothing = {"median": 0.0, "low": 0.0, "high": 0.0}  # of a variant for which there was no room
+    groups = [
+        [one["variants"].get(name, {"images_per_second": nothing})["images_per_second"] for name in names]
+        for one in report["batches"]
+    ]
+    highest = max((rate["high"] for group in groups for rate in group), default=0.0) or 1.0
     settings = report["settings"]
     title = f"images/s, {settings['teacher']} teaches {settings['student']}, {settings['precision']}"
     canvas = _panel(len(groups) * (len(names) * BAR + GAP), title, f"{report['environment']['device']}")
@@ -147,11 +178,13 @@ def _rates_panel(report: dict[str, Any]) -> Picture:
 
 
 def _stages_panel(report: dict[str, Any]) -> Picture:
-    bars = [(one["batch"], one["stages"]) for one in report["batches"] if "stages" in one]
+    bars = [(one["batch"], one["stages"], _seconds(one)) for one in _staged(report)]
     wide = BAR + 3 * GAP
-    canvas = _panel(len(bars) * wide, "where the time of c goes, % of a step", "host gap: the device has nothing to do")
+    canvas = _panel(
+        len(bars) * wide, "where the time of c goes, % of all stages", "host gap: the device has nothing to do"
+    )
     stages = list(bars[0][1])
-    for number, (batch, seconds) in enumerate(bars):
+    for number, (batch, seconds, whole) in enumerate(bars):
         left, total, below = MARGIN + number * wide + GAP, sum(seconds.values()), 0.0
         for stage, color in zip(stages, STAGE_COLORS, strict=True):
             above = below + seconds[stage] / total
@@ -160,7 +193,7 @@ def _stages_panel(report: dict[str, Any]) -> Picture:
                 _text(canvas, f"{100 * (above - below):.0f}", (left + BAR + 3, _level((above + below) / 2) + 4), 0.35)
             below = above
         _text(canvas, f"batch {batch}", (left - GAP // 2, _level(0) + 18), 0.45)
-        _text(canvas, f"{1e3 * total:.4g} ms", (left - GAP // 2, _level(0) + 36), 0.4)
+        _text(canvas, f"{1e3 * whole:.4g} ms", (left - GAP // 2, _level(0) + 36), 0.4)
     return _legend(canvas, list(zip(stages, STAGE_COLORS, strict=True))[::-1])
 
 
