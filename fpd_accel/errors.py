@@ -1,11 +1,15 @@
 """What a user can get wrong, as exceptions: the command line prints their message alone and exits with code 2."""
 
+from typing import TypeVar
+
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command goes on
 
 
 class Preempted(Exception):  # noqa: N818 - nothing is wrong
     """A run was asked to stop and has saved where it is; started again, it goes on. No :class:`UserError`."""
+
+    agreed = False  # as of a UserError
 
 
 class UserError(ValueError):
@@ -43,13 +47,21 @@ class BenchError(UserError):
     """A measurement would be worthless: what is compared does not compute the same."""
 
 
+Failure = TypeVar("Failure", UserError, Preempted)
+
+
+def said(error: UserError | Preempted) -> str:
+    """Its message; without the traceback that one from a loader process comes with."""
+    return str(error).rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]
+
+
 def local(error: UserError) -> UserError:
     """The error, as one that only this process has met."""
     error.local = True
     return error
 
 
-def agreed(error: UserError) -> UserError:
+def agreed(error: Failure) -> Failure:
     """The error, as one that every process raises at the same place."""
     error.agreed = True
     return error

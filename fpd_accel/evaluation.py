@@ -168,6 +168,7 @@ def predict(
     ]
     loaders = [make_loader(stream, workers, device) for stream in streams]
     rows, keypoints, scores, losses = [], [], [], []
+    flip_index = torch.tensor(shards.skeleton.flip_index, device=device)  # once: copying waits for the device
     model.eval()
     for batches in track(zip(*loaders, strict=True), "evaluating", total=len(streams[0])):
         outputs = []
@@ -186,7 +187,7 @@ def predict(
                 losses.append(torch.stack([terms.total, terms.pose, terms.kd, hits]))
             if options.flip_test:
                 mirrored = _chosen(model(images.flip(-1)), options)
-                output = fuse(output, mirrored, codec, shards.skeleton.flip_index, shift=options.flip_shift)
+                output = fuse(output, mirrored, codec, flip_index, shift=options.flip_shift)
             outputs.append(output)
         found, confidence = decode(
             _over_scales(outputs, options, codec), codec, whole.centers, whole.sizes, refine=options.refine

@@ -128,12 +128,21 @@ class StepMeter:
         self._host.append(host)
 
     def flush(self) -> list[dict[str, Any]]:
-        """One record per step, the mean over ranks. The host waits for the device here and nowhere else."""
+        """One record per step, the mean over ranks. The host waits for the device here and nowhere else.
+
+        So a step's ``data_time`` and ``step_time`` come in as the host saw them, and leave as the device did: what it
+        is behind by counts as theirs in equal parts, and while it was behind nobody waited for data.
+        """
         if not self._values:
             return []
         import torch
 
+        began = time.perf_counter()
         stacked = self._accelerator.reduce(torch.stack(self._values), reduction="mean").cpu().tolist()
+        behind = (time.perf_counter() - began) / len(stacked)
+        for host in self._host:
+            host["step_time"] += behind + min(host["data_time"], behind)
+            host["data_time"] -= min(host["data_time"], behind)
         records = [
             host | dict(zip(self.names, row, strict=True)) for host, row in zip(self._host, stacked, strict=True)
         ]

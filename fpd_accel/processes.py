@@ -20,7 +20,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from fpd_accel.errors import DataError, TrainingError, UserError, agreed, local
+from fpd_accel.errors import DataError, Preempted, TrainingError, UserError, agreed, local, said
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -62,6 +62,10 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
             InitProcessGroupKwargs(timeout=timedelta(minutes=PATIENCE * timeout_minutes)),
         ],
     )
+    if accelerator.device.type == "cuda":  # batches of training have one size; as the published configurations have it
+        torch.backends.cudnn.benchmark = True
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
+        torch.set_num_threads(_cores_per_process(accelerator.num_processes))
     promised = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != promised:
         raise TrainingError(
@@ -78,8 +82,6 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
         if accelerator.num_processes == 1:
             return accelerator  # nothing to shard
         _shard_all_the_same(accelerator, plugin)
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process, however many cores
-        torch.set_num_threads(_cores_per_process(accelerator.num_processes))
     return accelerator
 
 
@@ -152,13 +154,13 @@ def explaining_silence(accelerator: Accelerator, where: str, *, intact: Callable
     try:
         yield
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        lost = isinstance(error, dist.DistError) or any(sign in said for sign in SIGNS_OF_SILENCE)
+        message = " ".join(str(error).split())
+        lost = isinstance(error, dist.DistError) or any(sign in message for sign in SIGNS_OF_SILENCE)
         if accelerator.num_processes == 1 or not lost:
             raise
         raise local(
             TrainingError(
-                f"{where}: another process is gone, or hangs ({said}); its own message says why; "
+                f"{where}: another process is gone, or hangs ({message}); its own message says why; "
                 f"{', and '.join(filter(None, (intact(), 'the same command goes on')))}"
             )
         ) from None
@@ -173,8 +175,8 @@ def leave() -> None:
 def on_every_rank(accelerator: Accelerator, function: Callable[[], Result], *, same: Callable[[Result], Any]) -> Result:
     """What a function gives on each rank, if it goes well on all of them and is the same by ``same``.
 
-    For what each process opens itself. The :class:`UserError` of the first that has one is raised on all; what else
-    goes wrong is raised where it did.
+    For what each process opens itself. The :class:`UserError` of the first that has one is raised on all, as it is
+    where one was asked to stop; what else goes wrong is raised where it did.
 
     Raises:
         DataError: the ranks have opened different things.
@@ -188,8 +190,8 @@ def on_every_rank(accelerator: Accelerator, function: Callable[[], Result], *, s
     try:
         result = function()
         found = repr(same(result))
-    except UserError as error:
-        problem = type(error), str(error) if accelerator.is_main_process else f"{here}: {error}"
+    except (UserError, Preempted) as error:
+        problem = type(error), said(error) if accelerator.is_main_process else f"{here}: {said(error)}"
     except Exception as error:  # nobody may be left waiting, whatever it is
         problem, unforeseen = (TrainingError, f"{here} failed: {type(error).__name__}: {error}"), error
     answers: list[Any] = [None] * accelerator.num_processes

@@ -63,6 +63,11 @@ def _create_student(recipe: Recipe, num_keypoints: int) -> PoseModel:
 def _open_teacher(recipe: Recipe, train: Mixture) -> tuple[ModelConfig, nn.Module]:
     """The teacher's network and description, checked against the data and the student's input."""
     path = teacher_weights(recipe)
+    if recipe.teacher.recipe is not None and not path.is_dir():
+        raise ConfigError(
+            f"teacher.recipe: its run has come to its end, but {path} is gone; remove {path.parent}, to train the "
+            "teacher again, or name its weights as teacher.weights"
+        )
     model: nn.Module
     if path.is_dir():
         config, model = read_model_config(path), load_model(path)

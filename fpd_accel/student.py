@@ -55,9 +55,7 @@ class Student:
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         # A replayed graph writes its results where it wrote them before: gradients must not live there.
         self._keep_gradients = train.cuda_graphs
-        if self._keep_gradients:
-            for parameter in self.network.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+        self._place_gradients()
         self.average = WeightAverage(self.network, train.ema_decay) if train.ema_decay is not None else None
 
     def train(self) -> None:
@@ -149,10 +147,19 @@ class Student:
             same=lambda _: sha256(checkpoint / MANIFEST),
         )
         self._load(saved["student"])
+        for parameter in self.network.parameters():  # PyTorch takes an optimizer that has some for one that has begun
+            parameter.grad = None
         restore_optimizer(self.network, self.optimizer.optimizer, saved["optimizer"])
+        self._place_gradients()
         if self.average is not None:
             with self.averaged():
                 self._load(saved["student_ema"])
+
+    def _place_gradients(self) -> None:
+        """Where they have to stay where they are: make them before a graph does."""
+        if self._keep_gradients:
+            for parameter in self.network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
     def _load(self, weights: dict[str, Tensor]) -> None:
         set_model_state_dict(self.network, dict(weights), options=StateDictOptions(full_state_dict=True, strict=True))

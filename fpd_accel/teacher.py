@@ -1,7 +1,7 @@
 """The teacher: a finished network that is only ever asked. It cannot train, and nothing that is saved contains it."""
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -13,12 +13,18 @@ from fpd_accel.fp8 import to_float8_linears
 from fpd_accel.models.base import PoseModel
 from fpd_accel.outputs import Output, each
 
+PRODUCTS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)  # layers that autocast computes in bfloat16
+
 
 class Teacher:
     """A frozen network in evaluation mode, from crops to the outputs of its stages.
 
     Not a module, so that no optimizer, wrapper or checkpoint of the student ever finds its parameters. Weights and
     buffers never change: gradients are off, and the network declines ``train()``.
+
+    Attributes:
+        network: from normalised images to the outputs of its stages, float32, in the precision that it teaches in.
+        model: the same without that.
     """
 
     def __init__(
@@ -50,6 +56,10 @@ class Teacher:
         if fp8:
             to_float8_linears(self.model.to(device))
         self.model.requires_grad_(False)
+        if precision == torch.bfloat16 and not shard:  # autocast keeps no copy of weights that do not learn
+            for module in self.model.modules():
+                if isinstance(module, PRODUCTS):
+                    module.to(torch.bfloat16)
         if not shard:
             self.model.to(device)
         else:  # each part goes to the device by itself, and no device ever holds the whole
@@ -61,12 +71,12 @@ class Teacher:
         # What is gathered under inference mode cannot be gathered into anywhere else, say in an evaluation.
         self._without_gradients = torch.no_grad if shard else torch.inference_mode
         compile_network(self.model, compile, cuda_graphs=cuda_graphs)
+        self.network = InPrecision(self.model, self.device, precision)
 
     def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> tuple[Output, ...]:
         """Every stage's output, float32, as ordinary tensors that a student's loss may save for its backward pass."""
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16)
-        with self._without_gradients(), autocast:
-            stages = [each(stage, Tensor.float) for stage in self.model(self.normalization(crops))]
+        with self._without_gradients():
+            stages = self.network(self.normalization(crops))
         # Outside the context: an inference tensor cannot enter autograd.
         return tuple(each(stage, Tensor.clone) for stage in stages)
 
@@ -76,3 +86,16 @@ class Teacher:
 
     def _decline(self, mode: bool = True) -> nn.Module:  # noqa: ARG002
         return self.model
+
+
+class InPrecision(nn.Module):
+    """A network whose forward is in float32, or by autocast in bfloat16, and whose outputs are float32 either way."""
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.device, self.precision = model, device, precision
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[Output, ...]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            stages = self.model(images)
+        return tuple(each(stage, Tensor.float) for stage in stages)

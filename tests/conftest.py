@@ -2,7 +2,9 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
+def fresh_accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process, and in its
-    environment for the next one."""
+    environment for the next one. It takes a GPU for tests that are marked so, and for no other."""
     before = dict(os.environ)
+    if request.node.get_closest_marker("gpu") is None:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None:
         accelerate.AcceleratorState._reset_state(reset_partial_state=True)
@@ -40,6 +44,24 @@ def fresh_accelerator() -> Iterator[None]:
     os.environ.update(before)
     if "torch" in sys.modules:  # a trainer has taken fewer threads
         sys.modules["torch"].set_num_threads(THREADS)
+
+
+@pytest.fixture
+def without_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """A block in which whatever waits for the GPU is an error."""
+    import torch
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return block
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
 """The objective, against the published implementation's first steps and against itself."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 from fpd_accel import Distiller, create_model
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.data import Batch
+from fpd_accel.data.batch import Normalization
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.losses import heatmap_mse
 from fpd_accel.teacher import Teacher
@@ -147,3 +150,33 @@ def test_impossible_objectives_are_refused(alpha: float, mask: str) -> None:
 
     with pytest.raises((ValueError, TypeCheckError)):
         Distiller(create_model("tiny_w8", 17), None, CODEC, alpha=alpha, mask=mask)  # type: ignore[arg-type]
+
+
+class EveryLayer(nn.Module):
+    """What the networks consist of, in small: a strided convolution, a token's linear layer, a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.place = nn.Conv2d(3, 8, 8, stride=8), nn.Parameter(torch.randn(64, 8))
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.larger, self.batch_norm = nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 17, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.place
+        tokens = tokens + self.linear(self.norm(tokens))
+        return (self.head(self.batch_norm(self.larger(tokens.transpose(1, 2).unflatten(2, (8, 8))))),)
+
+
+@pytest.mark.parametrize("create", [lambda: create_model("tiny_w8", 17), EveryLayer], ids=["tiny_w8", "every layer"])
+def test_a_bfloat16_teacher_says_what_autocast_makes_of_its_float32_weights(create: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, crops = create().eval(), random_batch().crops
+    teacher = Teacher(copy.deepcopy(model), precision=torch.bfloat16)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(Normalization()(crops))[-1].float()
+    found = teacher(crops)[-1]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert torch.equal(teacher.network(Normalization()(crops))[-1], expected)  # as it is evaluated

@@ -199,6 +199,32 @@ def test_grouping_is_a_knob_that_alters_the_result(tiny_recipe: Callable[..., Pa
     assert altering == ["data.group_by_image: False -> True"]
 
 
+# --- what a step took -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("host", "device"), [((0.04, 0.01), 0.0), ((0.0, 0.01), 0.1), ((0.01, 0.0), 0.3)])
+def test_a_device_that_is_behind_counts_as_the_steps_and_not_as_the_loaders(
+    host: tuple[float, float], device: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(log.time, "perf_counter", lambda: now)
+
+    class Behind:  # the first who needs its values waits for it
+        def reduce(self, values: torch.Tensor, **_: str) -> torch.Tensor:
+            nonlocal now
+            now += device
+            return values
+
+    meter = log.StepMeter(Behind())  # type: ignore[arg-type]
+    for step in range(4):
+        meter.add(torch.zeros(4), step=step, data_time=host[0], step_time=host[1])
+    records = meter.flush()
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    for record in records:
+        assert record["data_time"] + record["step_time"] == pytest.approx(sum(host) + device / 4)
+        assert record["data_time"] == pytest.approx(max(0.0, host[0] - device / 4))
+
+
 # --- how many workers would do ------------------------------------------------------------------------------------
 
 

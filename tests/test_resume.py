@@ -13,10 +13,13 @@ import yaml
 from jobs import killing_itself, start
 from safetensors.torch import load_file
 
-from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
-from fpd_accel.config import load_recipe
+from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state, write_checkpoint
+from fpd_accel.config import Optim, Train, load_recipe
 from fpd_accel.errors import CheckpointError, Preempted
+from fpd_accel.models import create_model
+from fpd_accel.processes import create_accelerator
 from fpd_accel.stop import StopRequest
+from fpd_accel.student import Student
 
 CURVE = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
 
@@ -99,6 +102,25 @@ def test_killed_run_resumes_bit_for_bit(distilling: Callable[[str], Path], whole
     assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] == 3
     train(tmp_path / "killed.yaml")
     assert_same_end(whole, tmp_path / "killed")
+
+
+def test_gradients_that_have_to_stay_in_place_are_there_again_after_resuming(tmp_path: Path) -> None:
+    def create() -> Student:
+        train = Train(global_batch=2, compile="whole", cuda_graphs=True)
+        return Student(create_model("tiny_w8", 17), create_accelerator("fp32"), train=train, optim=Optim(name="adamw"))
+
+    student = create()
+    student.train()
+    student.model(torch.rand(2, 3, 64, 64))[-1].square().mean().backward()
+    student.step(1e-3)
+    write_checkpoint(tmp_path, 1, tensors=student.state(), state={}, keep=1)
+    resumed = create()
+    resumed.restore(tmp_path / "step_00000001")
+    before, after = student.state(), resumed.state()
+    for name in ("student", "optimizer"):
+        assert before[name].keys() == after[name].keys()
+        assert all(before[name][key].equal(after[name][key]) for key in before[name]), name
+    assert all(p.grad is not None and not p.grad.any() for p in resumed.network.parameters())
 
 
 def test_evaluation_that_a_stop_left_out_is_made_up_for(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:

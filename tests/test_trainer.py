@@ -1,6 +1,7 @@
 """The loop: what a run leaves behind, what stops it, and that the number of processes does not matter."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from jobs import DISTILL, start_ranks
 
+from fpd_accel import trainer
 from fpd_accel.checkpoint import checkpoints
 from fpd_accel.config import Distill, Optim, load_recipe
-from fpd_accel.errors import TrainingError
+from fpd_accel.errors import ConfigError, TrainingError
 from fpd_accel.optim import create_optimizer, learning_rate, parameter_groups, teacher_share
 from fpd_accel.weights import read_tensors
 
@@ -58,6 +60,28 @@ def test_one_command_trains_the_teacher_then_the_student(
     assert "multiply-adds" in shown.err
     train(recipe)  # finished already: nothing is trained again
     assert records(run, "train") == trained
+
+
+def test_a_teacher_is_finished_once_its_best_weights_are_there(
+    tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_recipe(
+        file_name="teacher.yaml", run={"name": "teacher"}, student={"arch": "tiny_w16"}, train={"steps": 1},
+        data={"valid": None},
+    )  # fmt: skip
+    recipe = tiny_recipe(run={"name": "student"}, teacher={"recipe": str(teacher)}, distill={"mode": "fpd"})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    monkeypatch.undo()
+    train(recipe)  # goes on with the teacher
+    shutil.rmtree(tmp_path / "teacher" / "best")
+    with pytest.raises(ConfigError, match=r"teacher\.recipe: its run has come to its end, but .*best is gone; remove"):
+        train(recipe, "run.name=another")
 
 
 def test_results_have_every_person_of_the_held_out_set_once(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
