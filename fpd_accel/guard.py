@@ -13,7 +13,7 @@ from fpd_accel.checkpoint import CheckpointWriter, checkpoints, continue_from
 from fpd_accel.config import Recipe
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
-from fpd_accel.errors import CheckpointError, DataError, TrainingError, UserError, local
+from fpd_accel.errors import CheckpointError, DataError, TrainingError, UserError, local, said
 from fpd_accel.processes import Consensus, explaining_silence, on_first_rank
 from fpd_accel.stop import StopRequest, stop_watching_children
 from fpd_accel.watchdog import Watchdog
@@ -77,10 +77,13 @@ class Guard:
             self._give_up()
         return raised
 
-    def look_at(self, shards: Shards | Mixture) -> None:
+    def look_at(self, *read: Shards | Mixture) -> None:
         """Before this process reads: a mapped file that was cut short would kill it by SIGBUS, without a word."""
-        if not self.recipe.data.workers and (changed := shards.changed()) is not None:
-            raise local(self._changed(changed))
+        if self.recipe.data.workers:
+            return
+        for shards in read:
+            if (changed := shards.changed()) is not None:
+                raise local(self._changed(changed))
 
     def look_at_all(self) -> None:
         """Before anything is kept, on all ranks: nothing may come of data that have changed.
@@ -153,21 +156,20 @@ class Guard:
             except DataError as error:
                 if error.agreed:
                     raise
-                # from a loader process it comes with that one's traceback
-                raise local(DataError(str(error).rstrip().rsplit("DataError: ", 1)[-1])) from None
+                raise local(DataError(said(error))) from None
             except RuntimeError as error:
-                said = " ".join(str(error).split())
-                if "DataLoader worker" in said:
-                    raise self._loader_ended(said) from None
+                message = " ".join(str(error).split())
+                if "DataLoader worker" in message:
+                    raise self._loader_ended(message) from None
                 raise
             except (ConnectionError, EOFError) as error:  # of a loader process that died in the middle of a batch
                 raise self._loader_ended(type(error).__name__) from None
 
-    def _loader_ended(self, said: str) -> UserError:
+    def _loader_ended(self, message: str) -> UserError:
         stop_watching_children()  # others may follow
         return local(
             DataError(
-                f"{self._suspect()}: a loader process ended ({said}); were the files changed under the job, or is "
+                f"{self._suspect()}: a loader process ended ({message}); were the files changed under the job, or is "
                 f"memory short? {self._intact()}"
             )
         )

@@ -66,7 +66,7 @@ def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopReq
     draw_missing_data(recipe, accelerator)
     train, valid, unlabelled = on_every_rank(
         accelerator,
-        lambda: open_data(recipe),
+        lambda: open_data(recipe, stop),
         same=lambda opened: [people.fingerprint for people in opened if people is not None],
     )
     if recipe.distill.mode == "fpd" and recipe.teacher.recipe is not None:
@@ -201,7 +201,7 @@ def _open_cache(trainer: Trainer, config: ModelConfig, teacher: Teacher) -> Less
         train=as_mixture(trainer.train_shards),
         unlabelled=trainer.unlabelled_shards,
         batch_size=trainer.device_batch,
-        stop=trainer.guard.stop,
+        guard=trainer.guard,
     )
     with trainer.guard.explaining():
         remaining = (trainer.total_steps - trainer.step) * recipe.train.global_batch
@@ -218,7 +218,7 @@ def _evaluate_teacher(
 ) -> dict[str, float]:
     with eagerly(recipe):
         metrics, _ = evaluate(
-            teacher.model,
+            teacher.network,
             valid,
             codec=config.create_codec(),
             normalization=teacher.normalization,

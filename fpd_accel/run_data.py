@@ -15,6 +15,7 @@ from fpd_accel.data.window import open_training
 from fpd_accel.errors import ConfigError
 from fpd_accel.evaluation import open_detections, with_boxes
 from fpd_accel.log import say
+from fpd_accel.stop import StopRequest
 
 
 def draw_missing_data(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -41,13 +42,14 @@ def _draw_and_prepare(shards: Path, *, images: int, seed: int) -> None:
     prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=shards)
 
 
-def open_data(recipe: Recipe) -> tuple[Mixture, Shards | None, Shards | None]:
+def open_data(recipe: Recipe, stop: StopRequest | None = None) -> tuple[Mixture, Shards | None, Shards | None]:
     """Who is trained on, who is held out, and who has no labels; the last two may be nobody.
 
     Their files are mapped: what is missing or damaged on one machine is found here, while all listen.
 
     Raises:
         UserError: one of them cannot be used, or they do not go together.
+        Preempted: ``stop`` was asked for while images were decoded.
     """
     train = _open_labelled(recipe)
     valid = _open_valid(recipe, train)
@@ -58,7 +60,7 @@ def open_data(recipe: Recipe) -> tuple[Mixture, Shards | None, Shards | None]:
     if recipe.data.decoded_cache is not None:
         for shards in (*train.datasets, valid, unlabelled):
             if shards is not None:
-                shards.decoded = open_decoded(shards, recipe.data.decoded_cache)
+                shards.decoded = open_decoded(shards, recipe.data.decoded_cache, stop=stop)
     return train, valid, unlabelled
 
 

@@ -9,14 +9,16 @@ import json
 import math
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -30,21 +32,24 @@ from fpd_accel.data.stream import close_loader, make_loader
 from fpd_accel.data.views import EveryView
 from fpd_accel.errors import DataError, Preempted, TrainingError
 from fpd_accel.files import amount, replace_file
+from fpd_accel.guard import Guard
 from fpd_accel.log import say, track, warn
 from fpd_accel.model_folder import ModelConfig
 from fpd_accel.models import PoseModel
 from fpd_accel.outputs import STRIDE
 from fpd_accel.processes import on_every_rank, on_first_rank
 from fpd_accel.report import describe_teacher_share
-from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
-from fpd_accel.watchdog import Watchdog
 
 FORMAT = 1
 PART_BYTES = 64 * 2**20  # about: what is lost of a build that is killed, on each rank
 PATIENCE = 10.0  # seconds that a lock is waited for, before all ranks meet again
 LATENCY = 60.0  # seconds until a shared file system shows one machine what another one wrote
 LINE_SECONDS = 60.0  # between lines of progress
+CODE = (  # of this package, whose text decides on crops and outputs, as models/ does
+    "augment.py", "codecs.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/stream.py", "data/views.py",
+    "fold.py", "fp8.py", "geometry.py", "teacher.py",
+)  # fmt: skip
 PACKAGES = ("torch", "numpy", "opencv-python-headless")  # whose versions decide on crops, draws and outputs
 
 
@@ -61,20 +66,22 @@ class CacheBuilder:
     train: Mixture
     unlabelled: Shards | None
     batch_size: int  # people per forward of the teacher
-    stop: StopRequest
+    guard: Guard
 
     def open(self, *, student: ModelConfig, samples: int) -> Lessons:
         """The whole cache, for a run that will still train on so many samples.
 
         Raises:
             DataError: it does not fit on the disk, another machine does not see it, or it is damaged.
-            Preempted: ``stop`` was asked for; the parts that are finished are kept.
+            Preempted: the run was asked to stop; the parts that are finished are kept.
         """
         lessons, missing = on_first_rank(self.accelerator, self._find)
         if missing:
             with self._locked():
                 lessons, missing = on_first_rank(self.accelerator, partial(self._begin, student, samples))
-                self._build(lessons, missing)
+                if missing:
+                    self._require_shared_folder()
+                    self._build(lessons, missing)
         opened = on_every_rank(
             self.accelerator, partial(self._open_whole, lessons.layout), same=lambda found: found.layout
         )
@@ -97,6 +104,9 @@ class CacheBuilder:
             "teacher_stage": recipe.distill.teacher_stage,
             "dtype": self.options.dtype,
             "people_sha256": [shards.fingerprint for shards in self.sources],
+            "usable_sha256": [
+                hashlib.sha256(shards.usable.astype(np.int64).tobytes()).hexdigest() for shards in self.sources
+            ],
             "unlabelled": self.unlabelled is not None,  # the last of them
             "seed": recipe.run.seed,
             "augment": recipe.data.augment.model_dump(mode="json"),
@@ -104,6 +114,7 @@ class CacheBuilder:
             "input_size": list(recipe.data.input_size),
             "unbiased": recipe.codec.name == "udp",
             "versions": {name: metadata.version(name) for name in PACKAGES},
+            "code_sha256": code_digest(),
         }
 
     @property
@@ -167,6 +178,7 @@ class CacheBuilder:
                 if not waited:
                     say(f"teacher cache: another job is building {self.folder}; waiting for it")
                 waited = True
+                self.guard.watchdog.alive(f"waiting for another job that builds {self.folder}")
                 self._heed_stop()
             yield
         finally:
@@ -183,6 +195,7 @@ class CacheBuilder:
         needed = sum(len(layout.records_of(part)) for part in missing) * layout.record_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lessons.remove_abandoned()
             free = shutil.disk_usage(folder).free
             what = (
                 f"{layout.views} views x {sum(layout.people)} people x {stages * joints} heatmaps of {height} x {width}"
@@ -222,8 +235,6 @@ class CacheBuilder:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         turns = list(range(rank, -(-len(missing) // ranks) * ranks, ranks))
         parts = [missing[turn % len(missing)] for turn in turns]
-        if not parts:
-            return
         stream = EveryView(
             self.train, layout, parts,
             input_size=recipe.data.input_size,
@@ -237,30 +248,30 @@ class CacheBuilder:
         batches = iter(make_loader(stream, recipe.data.workers, self.accelerator.device))
         began = told = time.monotonic()
         try:
-            with Watchdog(60 * recipe.train.timeout_minutes, rank=rank) as watchdog:
-                for done, (turn, part) in enumerate(track(zip(turns, parts, strict=True), "teacher", len(turns)), 1):
-                    write = partial(
-                        self._write, lessons, part, batches, samples=stream.part_samples, keep=turn < len(missing),
-                        watchdog=watchdog,
-                    )  # fmt: skip
+            for done, (turn, part) in enumerate(track(zip(turns, parts, strict=True), "teacher", len(turns)), 1):
+                write = partial(
+                    self._write, lessons, part, batches, samples=stream.part_samples, keep=turn < len(missing)
+                )
+                if recipe.teacher.shard:  # ranks that gather weights do not listen to one that has an error
+                    write()
+                else:
                     on_every_rank(self.accelerator, write, same=lambda _: None)
-                    self._heed_stop()
-                    now = time.monotonic()
-                    if now - told > LINE_SECONDS:
-                        told, left = now, (now - began) / done * (len(turns) - done) / 60
-                        say(f"teacher cache: {done} of {len(turns)} turns, {left:.0f} minutes left")
+                self._heed_stop()
+                now = time.monotonic()
+                if now - told > LINE_SECONDS:
+                    told, left = now, (now - began) / done * (len(turns) - done) / 60
+                    say(f"teacher cache: {done} of {len(turns)} turns, {left:.0f} minutes left")
         finally:
             close_loader(batches)
 
-    def _write(
-        self, lessons: Lessons, part: int, batches: Iterator[Batch], *, samples: int, keep: bool, watchdog: Watchdog
-    ) -> int:
+    def _write(self, lessons: Lessons, part: int, batches: Iterator[Batch], *, samples: int, keep: bool) -> int:
         """Ask the teacher about one part, and with ``keep`` write it; how many records it has."""
         layout = lessons.layout
         records = len(layout.records_of(part))
         tensors = layout.empty(records)
         for start in range(0, samples, self.batch_size):
-            watchdog.alive(f"part {part} of the teacher cache")
+            self.guard.watchdog.alive(f"part {part} of the teacher cache")
+            self.guard.look_at(*self.sources)
             crops = next(batches).to(self.accelerator.device).crops
             stages = self.teacher(crops)[-layout.shape[0] :]
             heatmaps = torch.stack([stage for stage in stages if isinstance(stage, torch.Tensor)], dim=1)
@@ -280,6 +291,7 @@ class CacheBuilder:
         """On each rank: the parts that other machines wrote have to be there too."""
         lessons, deadline = Lessons(self.folder, layout), time.monotonic() + LATENCY
         while missing := lessons.missing():
+            self.guard.watchdog.alive(f"waiting for {self.folder}")
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{self.folder}: {len(missing)} of {layout.parts} parts are not here; set teacher.cache.folder to "
@@ -288,18 +300,55 @@ class CacheBuilder:
             time.sleep(1.0)
         return lessons
 
+    def _require_shared_folder(self) -> None:
+        """Before the teacher is asked: all machines see what the first writes.
+
+        Raises:
+            DataError: one does not.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        name = on_first_rank(self.accelerator, lambda: f".seen_by_all.{uuid.uuid4().hex[:8]}")
+        path = self.folder / name
+
+        def wait() -> Path:
+            deadline = time.monotonic() + LATENCY
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"{self.folder}: is not the same folder here as on the first machine; set teacher.cache.folder "
+                        "to a disk that all machines share"
+                    )
+                self.guard.watchdog.alive(f"waiting for {path}")
+                time.sleep(0.1)
+            return path
+
+        on_first_rank(self.accelerator, lambda: replace_file(path, ""))
+        on_every_rank(self.accelerator, wait, same=str)
+        on_first_rank(self.accelerator, lambda: path.unlink(missing_ok=True))
+
     def _heed_stop(self) -> None:
         """On all ranks: end, if one of them was asked to.
 
         Raises:
             Preempted: one was.
         """
-        asked = torch.tensor(float(self.stop.name is not None), device=self.accelerator.device)
+        asked = torch.tensor(float(self.guard.stop.name is not None), device=self.accelerator.device)
         if self.accelerator.reduce(asked, reduction="sum") > 0:
             raise Preempted(
-                f"{self.folder}: asked to stop ({self.stop.name or 'on another rank'}) while the teacher's cache was "
-                "built; what is finished of it is kept; the same command goes on from there"
+                f"{self.folder}: asked to stop ({self.guard.stop.name or 'on another rank'}) while the teacher's cache "
+                "was built; what is finished of it is kept; the same command goes on from there"
             )
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of what in this package decides on crops and outputs: whoever changes it asks the teacher anew."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*(package / name for name in CODE), *sorted((package / "models").glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _smaller(layout: Layout) -> str:

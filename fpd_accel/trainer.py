@@ -62,7 +62,8 @@ class Trainer:
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
         self.unlabelled_shards = unlabelled
-        shards = [people for people in (train, valid, unlabelled) if people is not None]
+        shards = [people for people in (train, unlabelled, valid) if people is not None]
+        self._read = [people for people in (train, unlabelled) if people is not None]  # in every step
         self.guard = guard or Guard(recipe, accelerator, shards=shards)
         self.provenance = provenance or {}  # what state.json says about data and teacher
         self.device_batch, self.accumulation = accumulation_steps(recipe, accelerator.num_processes)
@@ -146,7 +147,7 @@ class Trainer:
                 values = torch.zeros(len(self.meter.names), device=accelerator.device)
                 for micro_batch in range(self.accumulation):
                     asked = time.perf_counter()
-                    self.guard.look_at(self.train_shards)
+                    self.guard.look_at(*self._read)
                     batch = copy(next(batches))
                     waited += time.perf_counter() - asked
                     is_last = micro_batch == self.accumulation - 1
@@ -308,9 +309,9 @@ class Trainer:
         self.guard.save(write, wait=wait)
 
     def _finish(self) -> None:
-        self._save_model("final")
         if self.valid_shards is None:
             self._save_model("best")
+        self._save_model("final")  # last: whoever needs a finished teacher looks for it, and takes the best
         self.accelerator.wait_for_everyone()
         say(f"finished {self.directory} at step {self.step}")
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch._utils import ExceptionWrapper
 
 from fpd_accel import processes
 from fpd_accel.checkpoint import write_checkpoint
 from fpd_accel.config import load_recipe
 from fpd_accel.data.remote import UnreachableError
 from fpd_accel.data.shards import Shards
-from fpd_accel.errors import CheckpointError, DataError, TrainingError, UserError
+from fpd_accel.errors import CheckpointError, DataError, Preempted, TrainingError, UserError
 from fpd_accel.guard import Guard
 from fpd_accel.processes import on_every_rank
 from fpd_accel.run import run
@@ -123,6 +124,29 @@ def test_error_of_any_kind_that_a_user_can_mend_arrives_as_it_is(both: Both) -> 
     errors = both(lambda rank: on_every_rank(rank, lambda: open_on(rank), same=str))
     said = assert_said_once(errors, UnreachableError)
     assert said == f"rank 1 on {os.uname().nodename}: https://example.org: cannot be read"
+
+
+def test_error_of_a_loader_process_arrives_without_its_traceback(both: Both) -> None:
+    def read_on(rank: Rank) -> str:
+        try:
+            raise DataError("shards: image 3.jpg no longer decodes; prepare it again")
+        except DataError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()  # as PyTorch hands it over
+        return "read"
+
+    errors = both(lambda rank: on_every_rank(rank, lambda: read_on(rank), same=str))
+    assert assert_said_once(errors, DataError) == "shards: image 3.jpg no longer decodes; prepare it again"
+
+
+def test_a_stop_that_one_rank_heeds_is_heeded_by_all(both: Both) -> None:
+    def decode_on(rank: Rank) -> str:
+        if rank.process_index == 1:
+            raise Preempted("asked to stop")
+        return "decoded"
+
+    errors = both(lambda rank: on_every_rank(rank, lambda: decode_on(rank), same=str))
+    assert [type(error) for error in errors] == [Preempted, Preempted]
+    assert str(errors[0]) == f"rank 1 on {os.uname().nodename}: asked to stop"
 
 
 @pytest.mark.parametrize("deed", ["missing", "damaged"])

@@ -19,8 +19,9 @@ from fpd_accel.data import PoseStream, Shards, make_loader
 from fpd_accel.data import decoded as module
 from fpd_accel.data.decoded import open_decoded
 from fpd_accel.data.images import decode_image
-from fpd_accel.errors import ConfigError, DataError
+from fpd_accel.errors import ConfigError, DataError, Preempted
 from fpd_accel.run import run
+from fpd_accel.stop import StopRequest
 
 
 def test_pixels_are_those_of_the_decoder(tiny_shards: Path, tmp_path: Path) -> None:
@@ -100,6 +101,28 @@ def test_a_disk_without_room_is_said_before_and_leaves_nothing(tiny_shards: Path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.glob("*.[pw]*"))
+
+
+def test_what_a_killed_process_left_does_not_count_as_taken(tiny_shards: Path, tmp_path: Path) -> None:
+    decoded = open_decoded(Shards(tiny_shards), tmp_path)
+    left = decoded.path.rename(decoded.path.with_suffix(".writing"))
+
+    def usage(_: Path) -> SimpleNamespace:  # of a disk with room for it once
+        return SimpleNamespace(free=decoded.bytes - (left.stat().st_size if left.exists() else 0))
+
+    with patch.object(module.shutil, "disk_usage", usage):
+        assert open_decoded(Shards(tiny_shards), tmp_path).is_whole()
+
+
+def test_a_build_that_is_asked_to_stop_does_and_leaves_nothing(
+    tiny_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    stop = StopRequest()
+    stop.name = "SIGTERM"
+    recipe = load_recipe(tiny_recipe(data={"decoded_cache": str(tmp_path / "pixels")}))
+    with pytest.raises(Preempted, match=r"asked to stop \(SIGTERM\) while images were decoded"):
+        run(recipe, stop=stop)
+    assert not list((tmp_path / "pixels").glob("*.[pw]*"))
 
 
 def test_a_folder_that_cannot_be_made_and_an_image_that_is_damaged(tiny_shards: Path, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from datasets import Dataset, load_from_disk
 from jobs import DISTILL, ENVIRONMENT, PATIENCE, ROOT, children, start, start_ranks, wait_for
 
 from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
+from fpd_accel.model_folder import ModelConfig, save_model
+from fpd_accel.models import create_model
+from fpd_accel.skeleton import COCO
 
 
 @pytest.fixture
@@ -335,6 +338,29 @@ def test_held_out_data_cut_short_under_a_job(
     code, said = distill(recipe)
     assert code == 2, said
     assert str(valid) in said
+    assert "Traceback" not in said
+    assert_intact(tmp_path / "read", step=5)
+
+
+def test_people_without_labels_cut_short_under_a_job_that_reads_them_itself(
+    short_recipe: Callable[..., Path],
+    own_shards: Path,
+    after_step: Callable[[int, Callable[[], object]], None],
+    distill: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    unlabelled = shutil.copytree(own_shards, tmp_path / "unlabelled")
+    teacher = ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64))
+    save_model(tmp_path / "teacher", create_model("tiny_w8", 17).state_dict(), teacher)
+    recipe = short_recipe(
+        "read", data={"valid": None, "unlabelled": {"shards": str(unlabelled)}}, train={"steps": 100},
+        teacher={"weights": str(tmp_path / "teacher")}, distill={"mode": "fpd", "mask": "all"},
+        log={"every_steps": 5}, checkpoint={"every_steps": 5},
+    )  # fmt: skip
+    after_step(6, lambda: truncate(images_file(unlabelled)))
+    code, said = distill(recipe)
+    assert code == 2, said
+    assert str(unlabelled) in said
     assert "Traceback" not in said
     assert_intact(tmp_path / "read", step=5)
 

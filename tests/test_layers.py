@@ -14,8 +14,8 @@ LAYERS = [
     {"data", "augment", "weights", "convert", "fixtures", "model_folder", "teacher", "optim", "metrics", "visualize"},
     {"distill", "evaluation", "scoring", "checkpoint", "report"},
     {"processes"},
-    {"guard", "student", "run_directory", "teacher_cache"},
-    {"trainer", "predict", "detect", "check", "import_weights", "run_data", "run_networks"},
+    {"guard", "student", "run_directory"},
+    {"trainer", "predict", "detect", "check", "import_weights", "run_data", "run_networks", "teacher_cache"},
     {"run", "bench"},
     {"cli"},
 ]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from fpd_accel.models import create_model
 from fpd_accel.skeleton import COCO
 from fpd_accel.stop import StopRequest
 from fpd_accel.teacher import Teacher
+from fpd_accel.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 VIEWS = 3
@@ -64,6 +67,18 @@ def train(recipe: Path, *overrides: str, stop: StopRequest | None = None) -> Non
     from fpd_accel.run import run
 
     run(load_recipe(recipe, overrides), stop=stop)
+
+
+def on_two_ranks(task: list[Any]) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(ROOT / "tests" / "ranks.py"), json.dumps([task])],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def curve(directory: Path) -> list[list[float]]:
@@ -222,9 +237,14 @@ def test_build_that_is_stopped_goes_on_with_the_parts_that_are_missing(
     assert len(list(folder.glob("part_*"))) == 1
     kept = folder / "part_00000.safetensors"
     stamp = kept.stat().st_mtime_ns
-    (folder / ".part_00001.safetensors.writing").write_bytes(b"half of a part that was being written when it was kil")
+    half, others = (folder / f".part_00001.safetensors.{name}.writing" for name in ("0a1b2c3d", "4e5f6a7b"))
+    for staged in (half, others):
+        staged.write_bytes(b"half of a part that was being written when it was kil")
+    os.utime(half, (0, 0))
     (folder / "part_00002.safetensors").write_bytes(kept.read_bytes()[:-1])  # and one that lost its end
     train(distilling("stopped", {}, train={"steps": 1, "global_batch": 8}))
+    assert not half.exists()
+    assert others.exists()  # perhaps of a process that is at it
     assert kept.stat().st_mtime_ns == stamp
     (whole,) = (path for path in (tmp_path / "other").iterdir() if path.is_dir())
     parts = sorted(path.name for path in whole.glob("part_*"))
@@ -245,6 +265,53 @@ def test_what_would_make_other_heatmaps_makes_another_cache_and_the_run_says_why
         train(tmp_path / "one.yaml", f"run.name=run_{number}", override)
         assert f"was built with other {name}\n" in capsys.readouterr().err
         assert len(folders(tmp_path)) == number
+
+
+def test_other_code_or_other_people_who_can_be_used_make_another_cache(
+    distilling: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(distilling("one", {}, train={"steps": 1}))
+    usable = Shards(load_recipe(tmp_path / "one.yaml").data.train).usable
+    monkeypatch.setattr(Shards, "usable", usable[1:])
+    train(tmp_path / "one.yaml", "run.name=two")
+    assert "was built with other usable_sha256\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(teacher_cache, "code_digest", lambda: "another")
+    train(tmp_path / "one.yaml", "run.name=three")
+    assert "was built with other code_sha256\n" in capsys.readouterr().err
+    assert len(folders(tmp_path)) == 3
+
+
+def test_code_that_decides_on_crops_and_outputs_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fpd_accel"
+    shutil.copytree(Path(teacher_cache.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(teacher_cache, "__file__", str(package / "teacher_cache.py"))
+    before = teacher_cache.code_digest.__wrapped__()
+    for name in ("geometry.py", "models/tiny.py"):
+        (package / name).write_text((package / name).read_text() + "\n")
+        after = teacher_cache.code_digest.__wrapped__()
+        assert after != before, name
+        before = after
+    (package / "trainer.py").write_text("")
+    assert teacher_cache.code_digest.__wrapped__() == before
+
+
+def test_build_that_takes_longer_than_silence_may_is_not_taken_for_one_that_hangs(
+    distilling: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    ask = Teacher.__call__
+
+    def slowly(teacher: Teacher, crops: torch.Tensor) -> Any:
+        time.sleep(0.3)
+        return ask(teacher, crops)
+
+    monkeypatch.setattr(Teacher, "__call__", slowly)
+    monkeypatch.setattr(Watchdog, "_end", lambda watchdog, _: ended.append(watchdog._doing))
+    began = time.monotonic()
+    train(distilling("slow", {}, train={"steps": 1, "global_batch": 2, "timeout_minutes": 2 / 60}))
+    assert time.monotonic() - began > 6
+    assert not ended
 
 
 def test_cache_that_is_not_what_its_folder_is_named_after_is_refused_by_the_name_of_the_difference(
@@ -359,15 +426,7 @@ def test_two_processes_build_a_cache_together_that_one_reads(
 ) -> None:
     sections = {"train": {"steps": 3, "global_batch": 8, "freeze_norm": True}, "log": {"every_steps": 1}}
     recipe = distilling("two", {}, **sections)
-    environment = {
-        **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "ranks.py"), json.dumps([["train_in_small_parts", str(recipe), []]])],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = on_two_ranks(["train_in_small_parts", str(recipe), []])
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = folders(tmp_path)
     assert layout(folder).parts % 2 == 1  # so that in the last turn one of them has none of its own
@@ -375,3 +434,16 @@ def test_two_processes_build_a_cache_together_that_one_reads(
     monkeypatch.setattr(Teacher, "__call__", lambda *_: pytest.fail("asked"))
     train(distilling("one", {}, **sections))
     np.testing.assert_allclose(curve(tmp_path / "one"), curve(tmp_path / "two"), rtol=1e-5)
+
+
+@pytest.mark.timeout(200)
+def test_a_folder_that_machines_do_not_share_is_noticed_before_the_teacher_is_asked(
+    distilling: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = distilling("apart", {"folder": "own"})
+    done = on_two_ranks(["train_on_machines_apart", str(recipe), str(tmp_path / "machine")])
+    assert done.returncode != 0
+    said = " ".join(done.stderr.split())
+    assert "own/" in said
+    assert "is not the same folder here as on the first machine; set teacher.cache.folder" in said
+    assert not list((tmp_path / "machine_0").rglob("part_*"))

@@ -22,9 +22,10 @@ from jaxtyping import UInt8
 
 from fpd_accel.data.images import decode_image
 from fpd_accel.data.shards import Shards
-from fpd_accel.errors import DataError
+from fpd_accel.errors import DataError, Preempted
 from fpd_accel.files import amount, flush
 from fpd_accel.log import available_cores, say, track
+from fpd_accel.stop import StopRequest
 
 CHANNELS = 3
 AT_ONCE = 64  # images that wait in memory to be written
@@ -73,13 +74,20 @@ class DecodedImages:
             return False
 
 
-def open_decoded(shards: Shards, folder: str | os.PathLike[str], *, rows: np.ndarray | None = None) -> DecodedImages:
+def open_decoded(
+    shards: Shards,
+    folder: str | os.PathLike[str],
+    *,
+    rows: np.ndarray | None = None,
+    stop: StopRequest | None = None,
+) -> DecodedImages:
     """The pixels of a dataset's images, which one process of a machine decodes into ``folder`` first.
 
     ``rows``: which images, ascending; None: all that have usable people.
 
     Raises:
         DataError: there is no room, the folder cannot be written, or an image does not decode.
+        Preempted: ``stop`` was asked for; nothing is kept.
     """
     shards.open()
     rows = np.unique(shards.image_rows) if rows is None else rows
@@ -90,11 +98,13 @@ def open_decoded(shards: Shards, folder: str | os.PathLike[str], *, rows: np.nda
     if len(decoded) and not decoded.is_whole():
         with _writing(decoded.path), FileLock(decoded.path.with_suffix(".lock")):
             if not decoded.is_whole():  # another process of this machine may have been first
-                _decode_all(shards, decoded)
+                _decode_all(shards, decoded, stop or StopRequest())
     return decoded
 
 
-def _decode_all(shards: Shards, decoded: DecodedImages) -> None:
+def _decode_all(shards: Shards, decoded: DecodedImages, stop: StopRequest) -> None:
+    staged = decoded.path.with_suffix(".writing")
+    staged.unlink(missing_ok=True)  # of a process that was killed: it is written anew, and takes no room till then
     free = shutil.disk_usage(decoded.path.parent).free
     say(
         f"data.decoded_cache: {len(decoded)} images of {shards.path} as pixels: {amount(decoded.bytes)} in "
@@ -105,10 +115,14 @@ def _decode_all(shards: Shards, decoded: DecodedImages) -> None:
             f"data.decoded_cache: {decoded.path.parent}: {amount(decoded.bytes)} are needed and "
             f"{amount(free)} are free; make room, name another disk, or leave it out"
         )
-    staged = decoded.path.with_suffix(".writing")  # what a killed process left is written anew
     try:
         with staged.open("wb") as file:
             for pixels in track(_decoded_in_order(shards, decoded), "decoding", len(decoded)):
+                if stop.name is not None:
+                    raise Preempted(
+                        f"{decoded.path}: asked to stop ({stop.name}) while images were decoded; the same command "
+                        "begins with it"
+                    )
                 file.write(pixels.data)
         flush(staged)
         staged.replace(decoded.path)

@@ -10,6 +10,8 @@ error instead of a SIGBUS.
 import json
 import os
 import struct
+import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -29,6 +31,8 @@ from fpd_accel.errors import DataError
 from fpd_accel.files import flush
 
 DESCRIPTION = "cache.json"
+WRITING = ".writing"  # at the end of the name of a part that is not whole yet
+ABANDONED = 3600.0  # seconds after which such a part is nobody's
 LEVELS = 255  # steps of uint8 between the lowest and the highest value of a heatmap
 SCALES = 2  # numbers that go with a heatmap in uint8: its lowest value, and the step
 
@@ -127,6 +131,13 @@ class Lessons:
         """Parts that are not there, or are not what they should be."""
         return [part for part in range(self.layout.parts) if not self._is_whole(part)]
 
+    def remove_abandoned(self) -> None:
+        """What killed processes have left half-written."""
+        for path in self.folder.glob(f".*{WRITING}"):
+            with suppress(FileNotFoundError):  # just renamed
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
         """Put a part into the folder.
 
@@ -134,12 +145,16 @@ class Lessons:
             DataError: the disk does not take it.
         """
         path = self.path(part)
-        staged = path.with_name(f".{path.name}.writing")
+        # A name of its own: where locks of the file system hold on one machine alone, another may write the same part.
+        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{WRITING}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, staged)
-            flush(staged)
-            staged.replace(path)
+            try:
+                save_file(tensors, staged)
+                flush(staged)
+                staged.replace(path)
+            finally:
+                staged.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f"{path}: cannot be written ({error}); make room, or set teacher.cache.folder to another disk; the "

@@ -319,6 +319,7 @@ class ShardWriter:
                 if reason:
                     self.unused[reason] = self.unused.get(reason, 0) + 1
                 self.digest.update(repr((record["id"], record["box"].tolist(), record["keypoints"].tolist())).encode())
+                self.digest.update(repr((reason, *(record[name] for name in ("crowd", "area", "score")))).encode())
                 if self.head_sizes:
                     self.digest.update(repr(record["head_size"]).encode())
                     self.counts["head_sizes"] += not reason and record["head_size"] > 0
