@@ -7,14 +7,14 @@ from pathlib import Path
 from fpd_accel.errors import DataError
 
 
-def prepare_file(path: Path) -> None:
-    """Make the folder of a file that a long computation will write.
+def prepare_file(path: Path, *, option: str = "--output") -> None:
+    """Make the folder of a file that a long computation will write, and that ``option`` of its command names.
 
     Raises:
         DataError: ``path`` is a folder, or its own folder cannot be made.
     """
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; --output is the JSON file to write")
+        raise DataError(f"{path}: is a folder; {option} is the file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

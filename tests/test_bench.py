@@ -128,7 +128,7 @@ def test_an_environment_says_where_it_was_measured() -> None:
         (["--data", "nowhere", "--people", "3"], "--data does not go with --people and --cache"),
         (["--people", "3", "--cache", "occupied/below"], "occupied/below: cannot be made"),
         (["--people", str(10**12), "--cache", "cache"], "need 5000000.0 GB, but"),
-        (["--people", "3", "--json", "folder"], "folder: is a folder"),
+        (["--people", "3", "--json", "folder"], "folder: is a folder; --json is the file to write"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

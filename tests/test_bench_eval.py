@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import pytest
 import torch
 
 from fpd_accel import cli
-from fpd_accel.bench import evaluation, ranks, scale
+from fpd_accel.bench import evaluation, ranks, reference_eval, scale
 from fpd_accel.bench.poses import draw_boxes
 from fpd_accel.bench.rounds import Contest, growth, run_contest
+from fpd_accel.bench.scale_options import PROCESS_ROUNDS, Scale
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.decode import decode_heatmaps, fuse_flip
 from fpd_accel.errors import BenchError
 from fpd_accel.metrics import average_precision
-from fpd_accel.scoring import chosen_people
+from fpd_accel.scoring import Predictions, chosen_people
 
 STEPS = ("flip fusion", "encode", "decode", "rescore + hard NMS", "rescore + soft NMS", "AP, pycocotools")
 
@@ -120,6 +123,35 @@ def test_the_two_of_a_contest_take_turns() -> None:
     assert len(times.ratios) == 3
 
 
+def test_the_reference_of_ap_reads_the_ground_truth_before_it_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = draw_boxes(12, 17)
+    predictions = Predictions(np.arange(12), boxes.keypoints, boxes.visible)
+    contests = list(evaluation._precision_contests(boxes, predictions, tmp_path))
+    (tmp_path / "truth.json").unlink()
+    monkeypatch.setattr(reference_eval, "read_truth", None)
+    for contest in contests:
+        for _ in range(2):  # what the first leaves in it does not matter to the second
+            assert contest.difference(contest.reference(), contest.ours()) <= contest.tolerance
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_environment_is_asked_for_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> dict[str, Any]:
+        raise BenchError("asked")
+
+    for module, first in ((evaluation, "draw_boxes"), (scale, "run_ranks")):
+        monkeypatch.setattr(module, "environment", asked)
+        monkeypatch.setattr(module, first, lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(BenchError, match="asked"):
+        evaluation.bench_eval(people=2)
+    with pytest.raises(BenchError, match="asked"):
+        scale.bench_scale(Scale(), tmp_path)
+
+
 def test_generated_boxes_leave_work_for_suppression() -> None:
     boxes = draw_boxes(12, 17)
     assert boxes.images.tolist() == [0] * 6 + [1] * 6
@@ -136,6 +168,30 @@ def test_the_exponent_of_growth_is_that_of_a_power(exponent: float) -> None:
     sizes = [10, 40, 1000]
     assert growth(sizes, [0.3 * size**exponent for size in sizes]) == pytest.approx(exponent, abs=1e-9)
     assert growth([10], [1.0]) is None
+
+
+@pytest.mark.parametrize(("rounds", "before"), [(1, [20]), (2, [300, 20])])
+def test_what_is_made_once_is_made_before_the_first_round_that_counts(rounds: int, before: list[int]) -> None:
+    order: list[int] = []
+    works = {"work": {size: lambda size=size: order.append(size) for size in (300, 20)}}
+    (measured,) = scale._measured(works, "people", rounds=rounds)
+    assert order == before + rounds * [300, 20]
+    assert measured.sizes == [300, 20]
+
+
+@pytest.mark.parametrize(("rounds", "done"), [(1, 1), (2, 2), (9, PROCESS_ROUNDS)])
+def test_numbers_of_processes_take_turns(rounds: int, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[int] = []
+
+    def run(processes: int, *, batch: int, steps: int) -> float:
+        order.append(processes)
+        return [4.0, 1.0, 2.0, 8.0, 5.0, 16.0][len(order) - 1]  # people per second
+
+    monkeypatch.setattr(scale, "run_ranks", run)
+    measured = scale._of_processes(Scale(processes=(1, 2), rounds=rounds))
+    assert order == done * [1, 2]
+    rates = [4.0, 2.0, 5.0], [1.0, 8.0, 16.0]
+    assert measured.seconds == [statistics.median(1 / rate for rate in own[:done]) for own in rates]
 
 
 @pytest.fixture
@@ -210,12 +266,41 @@ def test_processes_that_fail_end_the_measurement_with_what_they_said(monkeypatch
         scale.run_ranks(2, batch=1, steps=1)
 
 
+def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, stand_in = tmp_path / "pipe", tmp_path / "python"
+    os.mkfifo(pipe)
+    stand_in.write_text(
+        "#!/bin/sh\n"
+        f'if test $RANK = 0; then echo $$ > "{pipe}"; exec cat "{pipe}"; fi\n'  # waits: nobody will write to it
+        f'read first < "{pipe}"; echo "rank $RANK of process $first cannot go on"; exit 3\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
+    monkeypatch.setattr(scale, "PATIENCE", 60)
+    with pytest.raises(BenchError, match=r"one of 2 processes .* failed:\nrank 1 of process \d+ cannot") as failure:
+        scale.run_ranks(2, batch=1, steps=1)
+    first = int(str(failure.value).split(" of process ")[1].split()[0])
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_processes_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, stand_in = tmp_path / "pipe", tmp_path / "python"
+    os.mkfifo(pipe)
+    stand_in.write_text(f'#!/bin/sh\nexec cat "{pipe}"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
+    monkeypatch.setattr(scale, "PATIENCE", 0)
+    with pytest.raises(BenchError, match="2 processes that distil together did not finish within 0 s"):
+        scale.run_ranks(2, batch=1, steps=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval", "--people", "0"], "--people 0: at least 1"),
         (["eval", "--rounds", "-1"], "--rounds -1: at least 1"),
-        (["eval", "--json", "folder"], "folder: is a folder"),
+        (["eval", "--json", "folder"], "folder: is a folder; --json is the file to write"),
         (["scale", "--joints", "17", "0"], "--joints 0: at least 1"),
         (["scale", "--steps", "0"], "--steps 0: at least 1"),
         (["scale", "--inputs", "256"], "--inputs 256: wanted HEIGHTxWIDTH"),
@@ -223,6 +308,12 @@ def test_processes_that_fail_end_the_measurement_with_what_they_said(monkeypatch
             ["scale", "--inputs", "250x192"],
             "such as 256x192, both multiples of 16",
         ),
+        (
+            ["scale", "--inputs", "256x192", "64x48", "192x256"],
+            "--inputs 256x192 192x256: equally many pixels",
+        ),
+        (["scale", "--inputs", "64x48", "64x48"], "--inputs 64x48 64x48: equally many pixels"),
+        (["scale", "--json", "folder"], "folder: is a folder; --json is the file to write"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -408,7 +408,8 @@ def test_precision_is_reduced_where_the_hardware_has_it() -> None:
         (["--rounds", "0"], "--rounds 0: at least 1"),
         (["--steps", "0"], "--steps 0: at least 1"),
         (["--picture", "step.txt"], "step.txt: a picture is a .png or .jpg file"),
-        (["--json", "."], ".: is a folder"),
+        (["--json", "."], ".: is a folder; --json is the file to write"),
+        (["--picture", "folder.png"], "folder.png: is a folder; --picture is the file to write"),
         (["--student", "hrnet_w33"], "'hrnet_w33' is not a model; did you mean 'hrnet_w32'?"),
         (["--input", "60", "64"], "multiples of 16, not 60 x 64"),
         (["--student", "tiny_w8_simcc"], "tiny_w8_simcc: the published step knows heatmaps alone"),
@@ -418,6 +419,7 @@ def test_what_cannot_be_measured_is_refused(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     assert cli.main([*TINY, *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

@@ -292,7 +292,7 @@ def test_boxes_that_cannot_be_written_in_the_end_are_refused_whole(
         (["images", "--threshold", "1.5"], "--threshold 1.5"),
         (["images", "--threshold", "nan"], "--threshold nan"),
         (["images", "--batch", "0"], "--batch 0"),
-        (["images", "--output", "empty"], "empty: is a folder"),
+        (["images", "--output", "empty"], "empty: is a folder; --output is the file to write"),
         (["images", "--output", "broken.json/boxes.json"], "broken.json: cannot be made"),
         (["images", "--device", "gpu"], "device 'gpu' cannot be used"),
     ],

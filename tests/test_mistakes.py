@@ -454,7 +454,11 @@ def test_an_impossible_protocol_is_refused(terminal: Terminal, arguments: list[s
 
 
 @pytest.mark.parametrize(
-    ("output", "words"), [("folder", "folder: is a folder"), ("file/people.json", "file: cannot be made: File exists")]
+    ("output", "words"),
+    [
+        ("folder", "folder: is a folder; --output is the file to write"),
+        ("file/people.json", "file: cannot be made: File exists"),
+    ],
 )
 def test_where_people_cannot_be_written_nothing_is_evaluated(
     terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, words: str

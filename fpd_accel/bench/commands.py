@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fpd_accel.bench.scale_options import PROCESS_ROUNDS, Scale
 from fpd_accel.errors import DataError
 from fpd_accel.files import prepare_file, write_whole
 
@@ -44,23 +45,24 @@ def _add_eval(whats: Any) -> argparse.ArgumentParser:
 
 def _add_scale(whats: Any) -> argparse.ArgumentParser:
     scale = whats.add_parser("scale", help="how time grows with processes, keypoints, pixels and people")
-    for name, default in (("processes", "1 2"), ("joints", "17 133"), ("people", "10000 1000000")):
-        sizes = [int(size) for size in default.split()]
-        scale.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=sizes, help=f"default: {default}")
-    scale.add_argument(
-        "--scored",
-        type=int,
-        nargs="+",
-        metavar="N",
-        default=[10_000, 100_000],
-        help="people to evaluate",
-    )
-    scale.add_argument(
-        "--inputs", nargs="+", metavar="HxW", default=["256x192", "384x288"], help="default: 256x192 384x288"
-    )
-    scale.add_argument("--batch", type=int, default=8, help="people per batch (default: 8)")
-    scale.add_argument("--steps", type=int, default=10, help="of each number of processes (default: 10)")
-    scale.add_argument("--rounds", type=int, default=5, help="of all sizes in turns (default: 5)")
+    default = Scale()
+    for name, sizes, what in (
+        ("processes", default.processes, "that distil together"),
+        ("joints", default.joints, "keypoints of a person"),
+        ("people", default.people, "to open and to order"),
+        ("scored", default.scored, "people to evaluate"),
+    ):
+        words = f"{what} (default: {' '.join(map(str, sizes))})"
+        scale.add_argument(f"--{name}", type=int, nargs="+", metavar="N", default=sizes, help=words)
+    inputs = [f"{height}x{width}" for height, width in default.inputs]
+    words = f"sizes of crops (default: {' '.join(inputs)})"
+    scale.add_argument("--inputs", nargs="+", metavar="HxW", default=inputs, help=words)
+    for name, number, what in (
+        ("batch", default.batch, "people per batch"),
+        ("steps", default.steps, "of each number of processes"),
+        ("rounds", default.rounds, f"of all sizes in turns; of processes at most {PROCESS_ROUNDS}, of evaluation one"),
+    ):
+        scale.add_argument(f"--{name}", type=int, default=number, help=f"{what} (default: {number})")
     scale.add_argument("--cache", type=Path, metavar="DIR", help="keep the people generated there (default: nowhere)")
     scale.set_defaults(run=_scale)
     return scale
@@ -131,7 +133,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _scale(arguments: argparse.Namespace) -> None:
-    from fpd_accel.bench.scale import Scale, bench_scale, read_inputs, show_scale
+    from fpd_accel.bench.scale import bench_scale, read_inputs, show_scale
 
     sizes = {name: getattr(arguments, name) for name in ("processes", "joints", "people", "scored")}
     numbers = {name: getattr(arguments, name) for name in ("batch", "steps", "rounds")}
@@ -163,8 +165,9 @@ def _step(arguments: argparse.Namespace) -> None:
             raise DataError(f"{option} {given}: at least 1")
     if arguments.picture is not None and arguments.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise DataError(f"{arguments.picture}: a picture is a .png or .jpg file")
-    for path in filter(None, (arguments.json, arguments.picture)):
-        prepare_file(path)
+    _prepare_json(arguments)
+    if arguments.picture is not None:
+        prepare_file(arguments.picture, option="--picture")
     bench = StepBench(
         student=arguments.student,
         teacher=arguments.teacher,
@@ -187,7 +190,7 @@ def _step(arguments: argparse.Namespace) -> None:
 def _prepare_json(arguments: argparse.Namespace) -> None:
     """Before anything is measured: the file can be written."""
     if arguments.json is not None:
-        prepare_file(arguments.json)
+        prepare_file(arguments.json, option="--json")
 
 
 def _write_json(arguments: argparse.Namespace, report: dict[str, Any]) -> None:

@@ -12,7 +12,10 @@ from fpd_accel.run_directory import PACKAGES
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, cores of this process and, in a checkout, the commit with a + if files differ from it."""
+    """Versions, processor, cores of this process and, in a checkout, the commit with a + if files differ from it.
+
+    To be asked before measuring, which is a load itself.
+    """
     return {
         "commit": _commit(),
         "python": platform.python_version(),

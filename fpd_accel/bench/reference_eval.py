@@ -2,7 +2,8 @@
 
 Written anew from its behaviour (the code of Zhang, Zhu, Ye, CVPR 2019, built on that of HRNet), plain and slow, to
 measure ours against and to check ours by. Heatmaps are float32 (batch, joint, height, width); keypoints (x, y);
-``scales`` are (width, height) of the region in units of 200 pixels.
+``scales`` are (width, height) of the region in units of 200 pixels. What its loader and its step do too is in
+``reference_heatmaps.py``.
 """
 
 import contextlib
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpd_accel.bench.reference_heatmaps import corresponding_points, draw_target, find_maxima
+
 Person = dict[str, Any]
-PIXELS_PER_SCALE = 200.0
 
 
 def fuse_flip(output: Tensor, flipped: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -37,45 +39,12 @@ def flip_back(heatmaps: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndar
     return heatmaps
 
 
-def target(
-    joints: np.ndarray, visible: np.ndarray, input_size: tuple[int, int], heatmap_size: tuple[int, int], sigma: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Heatmaps and weights (joint, 1) of one person: a patch of 6 sigma + 1 cells for each joint."""
-    height, width = heatmap_size
-    stride = np.array([input_size[1] / width, input_size[0] / height])
-    weights = np.ones((len(joints), 1), dtype=np.float32)
-    weights[:, 0] = visible
-    heatmaps = np.zeros((len(joints), height, width), dtype=np.float32)
-    reach = sigma * 3
-    for joint in range(len(joints)):
-        column = int(joints[joint][0] / stride[0] + 0.5)
-        row = int(joints[joint][1] / stride[1] + 0.5)
-        start = [int(column - reach), int(row - reach)]
-        end = [int(column + reach + 1), int(row + reach + 1)]
-        if start[0] >= width or start[1] >= height or end[0] < 0 or end[1] < 0:
-            weights[joint] = 0
-            continue
-        size = 2 * reach + 1
-        x = np.arange(0, size, 1, dtype=np.float32)
-        y = x[:, np.newaxis]
-        middle = size // 2
-        patch = np.exp(-((x - middle) ** 2 + (y - middle) ** 2) / (2 * sigma**2))
-        patch_x = max(0, -start[0]), min(end[0], width) - start[0]
-        patch_y = max(0, -start[1]), min(end[1], height) - start[1]
-        cells_x = max(0, start[0]), min(end[0], width)
-        cells_y = max(0, start[1]), min(end[1], height)
-        if weights[joint] > 0.5:
-            heatmaps[joint][cells_y[0] : cells_y[1], cells_x[0] : cells_x[1]] = patch[
-                patch_y[0] : patch_y[1], patch_x[0] : patch_x[1]
-            ]
-    return heatmaps, weights
-
-
 def targets(
     keypoints: np.ndarray, visible: np.ndarray, input_size: tuple[int, int], heatmap_size: tuple[int, int], sigma: float
 ) -> tuple[Tensor, Tensor]:
     """A batch of targets, collated as a loader does it; weights (batch, joint, 1)."""
-    pairs = [target(own, shown, input_size, heatmap_size, sigma) for own, shown in zip(keypoints, visible, strict=True)]
+    people = zip(keypoints, visible, strict=True)
+    pairs = [draw_target(own, shown, input_size, heatmap_size, sigma) for own, shown in people]
     return (
         torch.stack([torch.from_numpy(heatmaps) for heatmaps, _ in pairs]),
         torch.stack([torch.from_numpy(weights) for _, weights in pairs]),
@@ -84,7 +53,7 @@ def targets(
 
 def decode(heatmaps: np.ndarray, centers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keypoints (batch, joint, 2) in image pixels and maxima (batch, joint, 1)."""
-    coordinates, maxima = _maxima(heatmaps)
+    coordinates, maxima = find_maxima(heatmaps)
     height, width = heatmaps.shape[2], heatmaps.shape[3]
     for n in range(coordinates.shape[0]):
         for joint in range(coordinates.shape[1]):
@@ -96,43 +65,19 @@ def decode(heatmaps: np.ndarray, centers: np.ndarray, scales: np.ndarray) -> tup
                 coordinates[n][joint] += np.sign(slope) * 0.25
     found = coordinates.copy()
     for n in range(coordinates.shape[0]):
-        found[n] = _to_image(coordinates[n], centers[n], scales[n], (width, height))
+        found[n] = _to_image(coordinates[n], centers[n], scales[n], (height, width))
     return found, maxima
 
 
-def _maxima(heatmaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    batch, joints, _, width = heatmaps.shape
-    flat = heatmaps.reshape((batch, joints, -1))
-    index = np.argmax(flat, 2).reshape((batch, joints, 1))
-    maxima = np.amax(flat, 2).reshape((batch, joints, 1))
-    coordinates = np.tile(index, (1, 1, 2)).astype(np.float32)
-    coordinates[:, :, 0] = coordinates[:, :, 0] % width
-    coordinates[:, :, 1] = np.floor(coordinates[:, :, 1] / width)
-    return coordinates * np.tile(np.greater(maxima, 0.0), (1, 1, 2)).astype(np.float32), maxima
-
-
 def _to_image(coordinates: np.ndarray, center: np.ndarray, scale: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cells of one person as image pixels, point by point through the inverse affine map."""
+    """Cells of one person's heatmaps of ``size`` as image pixels, point by point through the inverse affine map."""
     found = np.zeros(coordinates.shape)
-    matrix = _to_image_matrix(center, scale, size)
+    image, cells = corresponding_points(center, scale, 0.0, size)
+    matrix = cv2.getAffineTransform(cells, image)
     for joint in range(coordinates.shape[0]):
         point = np.array([coordinates[joint, 0], coordinates[joint, 1], 1.0])
         found[joint, 0:2] = np.dot(matrix, point)[:2]
     return found
-
-
-def _to_image_matrix(center: np.ndarray, scale: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """From three points of the region and of the heatmap: the middle, the middle of the upper side, one beside it."""
-    region_width = scale[0] * PIXELS_PER_SCALE
-    width, height = size
-    region, cells = np.zeros((3, 2), dtype=np.float32), np.zeros((3, 2), dtype=np.float32)
-    region[0], region[1] = center, center + np.array([0, region_width * -0.5], np.float32)
-    cells[0] = [width * 0.5, height * 0.5]
-    cells[1] = cells[0] + np.array([0, width * -0.5], np.float32)
-    for points in (region, cells):
-        across = points[0] - points[1]
-        points[2] = points[1] + np.array([-across[1], across[0]], dtype=np.float32)
-    return cv2.getAffineTransform(np.float32(cells), np.float32(region))
 
 
 def rescore_and_suppress(
@@ -219,19 +164,27 @@ def _soft_nms(people: Sequence[Person], threshold: float, sigmas: np.ndarray, li
     return keep
 
 
-def average_precision(
-    truth: dict[str, Any], results: list[Person], sigmas: Sequence[float], folder: Path
-) -> list[float]:
-    """The ten numbers of pycocotools, by way of two JSON files as the original goes."""
+def read_truth(truth: dict[str, Any], folder: Path) -> Any:
+    """The ground truth as a pycocotools COCO, read from a JSON file: the original does so once, for its dataset."""
     from pycocotools.coco import COCO
+
+    annotations = folder / "truth.json"
+    annotations.write_text(json.dumps(truth), encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(annotations))
+
+
+def average_precision(truth: Any, results: list[Person], sigmas: Sequence[float], folder: Path) -> list[float]:
+    """The ten numbers of pycocotools, by way of a JSON file of the results, as the original gets them each time.
+
+    ``truth`` is what :func:`read_truth` gives.
+    """
     from pycocotools.cocoeval import COCOeval
 
-    annotations, found = folder / "truth.json", folder / "results.json"
-    annotations.write_text(json.dumps(truth), encoding="utf-8")
+    found = folder / "results.json"
     found.write_text(json.dumps(results, sort_keys=True, indent=4), encoding="utf-8")
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = COCO(str(annotations))
-        evaluation = COCOeval(dataset, dataset.loadRes(str(found)), "keypoints")
+        evaluation = COCOeval(truth, truth.loadRes(str(found)), "keypoints")
         evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.params.useSegm = None
         evaluation.evaluate()

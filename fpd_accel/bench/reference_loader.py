@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from fpd_accel.augment import sample_generator
+from fpd_accel.bench.reference_heatmaps import PIXELS_PER_SCALE, corresponding_points, draw_target
 from fpd_accel.config import Augment
 from fpd_accel.data.stream import Place, PoseStream
 from fpd_accel.skeleton import Skeleton
 
-PIXEL_STD = 200.0  # the published scale is in units of so many pixels
 Item = tuple[Tensor, Tensor, Tensor, dict[str, Any]]  # image, target, target weight, meta
 
 
@@ -50,9 +50,9 @@ class ReferenceDataset(Dataset[Item]):
         self.shards = stream.sources[0].shards
         self.augment: Augment = stream.augment
         self.skeleton: Skeleton = stream.skeleton
-        self.image_size = np.array([stream.input_size[1], stream.input_size[0]])  # (width, height)
-        self.heatmap_size, self.sigma = self.image_size // 4, sigma
-        self._aspect = float(self.image_size[0] / self.image_size[1])
+        height, width = stream.input_size
+        self.input_size, self.heatmap_size, self.sigma = (height, width), (height // 4, width // 4), sigma
+        self._aspect = width / height
         self.transform = Compose([ToTensor(), Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])])
         self.records = self._records(stream, [stream.place(sample) for sample in range(count)])
 
@@ -63,7 +63,7 @@ class ReferenceDataset(Dataset[Item]):
         record = self.records[index]
         crop, joints, visible, meta = self.crop(record)
         image = self.transform(crop)
-        target, target_weight = self._generate_target(joints, visible)
+        target, target_weight = draw_target(joints, visible[:, 0], self.input_size, self.heatmap_size, self.sigma)
         return image, torch.from_numpy(target), torch.from_numpy(target_weight), meta
 
     def _records(self, stream: PoseStream, places: Sequence[Place]) -> list[Record]:
@@ -106,9 +106,8 @@ class ReferenceDataset(Dataset[Item]):
             pixels = pixels[:, ::-1, :]
             joints, visible = self._mirror_joints(joints, visible, pixels.shape[1])
             center[0] = pixels.shape[1] - center[0] - 1
-        matrix = self._affine(center, scale, rotation)
-        width, height = (int(side) for side in self.image_size)
-        crop = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR)
+        matrix = cv2.getAffineTransform(*corresponding_points(center, scale, rotation, self.input_size))
+        crop = cv2.warpAffine(pixels, matrix, self.input_size[::-1], flags=cv2.INTER_LINEAR)
         for joint in range(len(joints)):
             if visible[joint, 0] > 0.0:
                 joints[joint, 0:2] = np.dot(matrix, np.array([joints[joint, 0], joints[joint, 1], 1.0]))
@@ -155,49 +154,6 @@ class ReferenceDataset(Dataset[Item]):
                 visible[left, :], visible[right, :] = visible[right, :], visible[left, :].copy()
         return joints * visible, visible
 
-    def _affine(self, center: np.ndarray, scale: np.ndarray, rotation: float) -> np.ndarray:
-        """From three points: the centre, one above it, and the third corner of a square with them."""
-        angle, source_width = np.pi * rotation / 180, scale[0] * PIXEL_STD
-        width, height = self.image_size
-        up = np.array([0, source_width * -0.5])
-        direction = np.array(
-            [up[0] * np.cos(angle) - up[1] * np.sin(angle), up[0] * np.sin(angle) + up[1] * np.cos(angle)]
-        )
-        source, target = np.zeros((3, 2), dtype=np.float32), np.zeros((3, 2), dtype=np.float32)
-        source[0, :], source[1, :] = center, center + direction
-        target[0, :] = [width * 0.5, height * 0.5]
-        target[1, :] = np.array([width * 0.5, height * 0.5]) + np.array([0, width * -0.5])
-        for points in (source, target):
-            difference = points[0] - points[1]
-            points[2, :] = points[1] + np.array([-difference[1], difference[0]], dtype=np.float32)
-        return cv2.getAffineTransform(source, target)
-
-    def _generate_target(self, joints: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        width, height = self.heatmap_size
-        number, reach = len(joints), self.sigma * 3
-        weight = np.ones((number, 1), dtype=np.float32)
-        weight[:, 0] = visible[:, 0]
-        target = np.zeros((number, height, width), dtype=np.float32)
-        for joint in range(number):
-            stride = self.image_size / self.heatmap_size
-            column, row = int(joints[joint][0] / stride[0] + 0.5), int(joints[joint][1] / stride[1] + 0.5)
-            first, last = [column - reach, row - reach], [column + reach + 1, row + reach + 1]
-            if first[0] >= width or first[1] >= height or last[0] < 0 or last[1] < 0:
-                weight[joint] = 0
-                continue
-            size = 2 * reach + 1
-            x = np.arange(size, dtype=np.float32)
-            y = x[:, np.newaxis]
-            gaussian = np.exp(-((x - size // 2) ** 2 + (y - size // 2) ** 2) / (2 * self.sigma**2))
-            patch_x = max(0, -first[0]), min(last[0], width) - first[0]
-            patch_y = max(0, -first[1]), min(last[1], height) - first[1]
-            cells_x, cells_y = (max(0, first[0]), min(last[0], width)), (max(0, first[1]), min(last[1], height))
-            if weight[joint] > 0.5:
-                target[joint][cells_y[0] : cells_y[1], cells_x[0] : cells_x[1]] = gaussian[
-                    patch_y[0] : patch_y[1], patch_x[0] : patch_x[1]
-                ]
-        return target, weight
-
 
 def _center_scale(
     center: np.ndarray, width: float, height: float, aspect: float, factor: float
@@ -207,4 +163,4 @@ def _center_scale(
         height = width / aspect
     elif width < aspect * height:
         width = height * aspect
-    return center, np.array([width / PIXEL_STD, height / PIXEL_STD], dtype=np.float32) * factor
+    return center, np.array([width / PIXELS_PER_SCALE, height / PIXELS_PER_SCALE], dtype=np.float32) * factor

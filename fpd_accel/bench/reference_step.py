@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fpd_accel.bench.reference_heatmaps import find_maxima
 from fpd_accel.decode import heatmap_accuracy
 
 ALPHA = 0.5  # weight of the teacher's term
@@ -70,7 +71,7 @@ def host_accuracy(
 ) -> float:
     """The accuracy that the published loop computes on the host in every iteration; see ``decode.heatmap_accuracy``."""
     people, joints, height, width = predicted.shape
-    found, wanted = _maxima(predicted), _maxima(target)
+    (found, _), (wanted, _) = find_maxima(predicted), find_maxima(target)
     norm = np.array([height, width]) / 10  # of (x, y): as published
     distances = np.full((joints, people), -1.0)
     for person in range(people):
@@ -79,14 +80,6 @@ def host_accuracy(
                 distances[joint, person] = np.linalg.norm(found[person, joint] / norm - wanted[person, joint] / norm)
     shares = [float((own[own >= 0] < 0.5).mean()) for own in distances if (own >= 0).any()]
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def _maxima(maps: Float[np.ndarray, "batch joint h w"]) -> Float[np.ndarray, "batch joint 2"]:
-    """(x, y) of each maximum; (0, 0) where it is not above 0."""
-    flat = maps.reshape(*maps.shape[:2], -1)
-    place = flat.argmax(axis=2)
-    found = np.stack([place % maps.shape[3], place // maps.shape[3]], axis=2).astype(np.float32)
-    return found * (flat.max(axis=2) > 0)[..., None]
 
 
 class HostLoop(ABC):

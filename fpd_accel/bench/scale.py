@@ -12,7 +12,8 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from fpd_accel.bench.batches import draw_batch
 from fpd_accel.bench.crowd import draw_crowd
 from fpd_accel.bench.environment import describe, environment
 from fpd_accel.bench.rounds import growth, time_once
+from fpd_accel.bench.scale_options import PROCESS_ROUNDS, Scale
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Evaluate
 from fpd_accel.data.batch import Batch
@@ -53,25 +55,11 @@ FASTER_THAN_LINEAR = 1.15  # exponent: beyond what noise and caches make of 1
 NOISE = 2.0  # pixels by which labels are moved to be predictions
 
 
-@dataclass(frozen=True)
-class Scale:
-    """What to measure, and how large."""
-
-    processes: Sequence[int] = (1, 2)
-    joints: Sequence[int] = (17, 133)  # COCO's body, COCO-WholeBody
-    inputs: Sequence[tuple[int, int]] = ((256, 192), (384, 288))  # (height, width)
-    people: Sequence[int] = (10_000, 1_000_000)  # to open and to order
-    scored: Sequence[int] = (10_000, 100_000)  # to evaluate
-    batch: int = 8
-    steps: int = 10  # of training, with each number of processes
-    rounds: int = 5
-
-
 def read_inputs(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Sizes of crops, written as HEIGHTxWIDTH.
 
     Raises:
-        BenchError: one is not, or the tiny network cannot take it.
+        BenchError: one is not, the tiny network cannot take it, or two have equally many pixels.
     """
     multiple = TinyPose.input_multiple
     found = []
@@ -80,6 +68,10 @@ def read_inputs(texts: Sequence[str]) -> list[tuple[int, int]]:
         if len(sides) != 2 or text.count("x") != 1 or any(side < 1 or side % multiple for side in sides):
             raise BenchError(f"--inputs {text}: wanted HEIGHTxWIDTH such as 256x192, both multiples of {multiple}")
         found.append((sides[0], sides[1]))
+    pixels = [math.prod(size) for size in found]
+    alike = [text for text, number in zip(texts, pixels, strict=True) if pixels.count(number) > 1]
+    if alike:
+        raise BenchError(f"--inputs {' '.join(alike)}: equally many pixels, by which times are told apart; keep one")
     return found
 
 
@@ -112,6 +104,7 @@ def bench_scale(scale: Scale, folder: Path) -> dict[str, Any]:
         BenchError: processes that train together failed.
         DataError: there is no room for the people.
     """
+    where = environment()  # before measuring, which is a load itself
     found = [_of_processes(scale)]
     for size, works, rounds in (
         ("joints", _of_joints(scale), scale.rounds),
@@ -122,35 +115,47 @@ def bench_scale(scale: Scale, folder: Path) -> dict[str, Any]:
         found += _measured(works, size, rounds=rounds)
     return {
         "bench": "scale",
-        "environment": environment(),
+        "environment": where,
         "settings": {"batch": scale.batch, "steps": scale.steps, "rounds": scale.rounds},
         "measurements": [measured.summary() for measured in found],
     }
 
 
 def _measured(works: Works, size: str, *, rounds: int) -> Iterator[Growth]:
-    """Each work at all its sizes in turns; one round before the first that counts, unless one is all there is."""
+    """Each work at all its sizes in turns.
+
+    A first round does not count: in it libraries are imported and what is made once is made. Where a single one counts,
+    it is of the smallest size alone.
+    """
     for name, by_size in works.items():
-        if rounds > 1:
-            for work in by_size.values():
-                work()
-        seconds: dict[int, list[float]] = {number: [] for number in by_size}
-        for _ in track(range(rounds), name, total=rounds):
-            for number, work in by_size.items():
-                seconds[number].append(time_once(work))
-        yield Growth(name, size, list(by_size), [statistics.median(times) for times in seconds.values()])
+        for number in by_size if rounds > 1 else [min(by_size)]:
+            by_size[number]()
+        yield _in_turns(name, size, {n: partial(time_once, work) for n, work in by_size.items()}, rounds=rounds)
+
+
+def _in_turns(work: str, size: str, timed: Mapping[int, Callable[[], float]], *, rounds: int) -> Growth:
+    """The work at all its sizes in each round; ``timed`` gives its seconds."""
+    seconds: dict[int, list[float]] = {number: [] for number in timed}
+    for _ in track(range(rounds), work, total=rounds):
+        for number, measure in timed.items():
+            seconds[number].append(measure())
+    return Growth(work, size, list(timed), [statistics.median(times) for times in seconds.values()])
 
 
 def _of_processes(scale: Scale) -> Growth:
-    rates = [run_ranks(number, batch=scale.batch, steps=scale.steps) for number in scale.processes]
-    return Growth("a person of a tiny distillation", "processes", scale.processes, [1 / rate for rate in rates])
+    def measure(number: int) -> float:
+        return 1 / run_ranks(number, batch=scale.batch, steps=scale.steps)
+
+    timed = {number: partial(measure, number) for number in scale.processes}
+    rounds = min(scale.rounds, PROCESS_ROUNDS)
+    return _in_turns("a person of a tiny distillation", "processes", timed, rounds=rounds)
 
 
 def run_ranks(processes: int, *, batch: int, steps: int) -> float:
     """People per second of so many processes that distil together on this machine's CPU, over gloo.
 
     Raises:
-        BenchError: one of them failed; the others are ended.
+        BenchError: one of them failed or all take too long; those that still run are ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -170,18 +175,24 @@ def run_ranks(processes: int, *, batch: int, steps: int) -> float:
         )
         for own in environments
     ]
-    try:
-        outputs = [rank.communicate(timeout=PATIENCE)[0] for rank in ranks]
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"{processes} processes that distil together did not finish within {PATIENCE} s") from None
-    finally:
-        for rank in ranks:
-            rank.kill()  # one that has ended does not mind
-            rank.wait()
-    for rank, output in zip(ranks, outputs, strict=True):
-        if rank.returncode:
-            raise BenchError(f"one of {processes} processes that distil together failed:\n{output[-2000:]}")
-    return float(json.loads(outputs[0].splitlines()[-1])["samples_per_second"])
+    return float(json.loads(_outputs(ranks)[0].splitlines()[-1])["samples_per_second"])
+
+
+def _outputs(ranks: Sequence[subprocess.Popen[str]]) -> list[str]:
+    """What each process writes until it ends. All are watched at once: the others wait in vain for one that failed."""
+    together = f"{len(ranks)} processes that distil together"
+    with ThreadPoolExecutor(len(ranks)) as watching:
+        ends = {watching.submit(rank.communicate): rank for rank in ranks}
+        try:
+            for end in as_completed(ends, timeout=PATIENCE):
+                if ends[end].returncode:
+                    raise BenchError(f"one of {together} failed:\n{end.result()[0][-2000:]}")
+        except TimeoutError:
+            raise BenchError(f"{together} did not finish within {PATIENCE} s") from None
+        finally:
+            for rank in ranks:
+                rank.kill()  # one that has ended does not mind
+    return [end.result()[0] for end in ends]
 
 
 def _of_joints(scale: Scale) -> Works:
@@ -276,8 +287,9 @@ def show_scale(report: dict[str, Any]) -> None:
         )
     results.print(table)
     results.print(
-        f"batches of {settings['batch']}, medians of {settings['rounds']} rounds in turns (evaluation: one); exponent: "
-        "slope of log time over log size, 1 is linear, and -1 is perfect for processes, each with one thread and "
+        f"batches of {settings['batch']}, medians of {settings['rounds']} rounds in turns (processes: at most "
+        f"{PROCESS_ROUNDS}; evaluation: one, after one of the smallest size); exponent: slope of log time over log "
+        "size, 1 is linear, and -1 is perfect for processes, each with one thread and "
         f"{settings['batch']} people of {settings['steps']} steps",
         soft_wrap=True,
     )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from fpd_accel.bench.batches import draw_batch
 from fpd_accel.bench.reference_step import FloatBatch
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.data.batch import Batch, Normalization
@@ -54,16 +55,7 @@ def calm(network: nn.Module) -> nn.Module:
 
 def make_batch(people: int, input_size: tuple[int, int], *, seed: int) -> Batch:
     """People of noise, with keypoints anywhere in the crop, of which seven in ten are visible."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = input_size
-    return Batch(
-        crops=torch.randint(0, 256, (people, height, width, 3), dtype=torch.uint8, generator=generator),
-        keypoints=torch.rand(people, JOINTS, 2, generator=generator) * torch.tensor([float(width), float(height)]),
-        visible=(torch.rand(people, JOINTS, generator=generator) > 0.3).float(),
-        centers=torch.full((people, 2), 100.0),
-        sizes=torch.full((people, 2), 100.0),
-        rows=torch.arange(people),
-    )
+    return draw_batch(people, JOINTS, input_size, hidden=0.3, seed=seed)
 
 
 def host_made(batch: Batch, codec: HeatmapCodec) -> FloatBatch:
