@@ -63,7 +63,7 @@ class ReferenceDataset(Dataset[Item]):
         record = self.records[index]
         crop, joints, visible, meta = self.crop(record)
         image = self.transform(crop)
-        target, target_weight = self._generate_target(joints, visible)
+        target, target_weight = self.generate_target(joints, visible)
         return image, torch.from_numpy(target), torch.from_numpy(target_weight), meta
 
     def _records(self, stream: PoseStream, places: Sequence[Place]) -> list[Record]:
@@ -172,7 +172,8 @@ class ReferenceDataset(Dataset[Item]):
             points[2, :] = points[1] + np.array([-difference[1], difference[0]], dtype=np.float32)
         return cv2.getAffineTransform(source, target)
 
-    def _generate_target(self, joints: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def generate_target(self, joints: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A Gaussian for each joint, drawn patch by patch, and its weight in the loss."""
         width, height = self.heatmap_size
         number, reach = len(joints), self.sigma * 3
         weight = np.ones((number, 1), dtype=np.float32)
