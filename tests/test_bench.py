@@ -2,24 +2,29 @@
 
 import json
 import os
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fpd_accel import cli
-from fpd_accel.bench import crowd, data, loaders, probe
+from fpd_accel.bench import crowd, data, loader_gate, loaders, probe
+from fpd_accel.bench.batches import draw_batch, payload
 from fpd_accel.bench.crowd import draw_crowd
 from fpd_accel.bench.environment import describe, environment
-from fpd_accel.data import PoseStream, Shards
-from fpd_accel.errors import DataError
+from fpd_accel.data import Batch, PoseStream, Shards, make_loader
+from fpd_accel.data.batch import Normalization
+from fpd_accel.data.stream import READ_AHEAD
+from fpd_accel.errors import BenchError, DataError
 
 
 @pytest.fixture
-def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[Sequence[str]]:
-    """Measure little and in this process, which has imported everything, and list what was asked for."""
-    asked = []
+def measured_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "OPENINGS", 1)
     monkeypatch.setattr(data, "MEMORY_WORKERS", (0, 2))
     monkeypatch.setattr(data, "RATE_WORKERS", (0, 1))
@@ -30,6 +35,14 @@ def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(loaders, "WORKERS", (0, 1))
     monkeypatch.setattr(loaders, "use_one_thread", lambda: None)  # for good, and of all tests that follow
 
+
+@pytest.fixture
+def probed_here(
+    measured_little: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[Sequence[str]]:
+    """Measure little and in this process, which has imported everything, and list what was asked for."""
+    asked = []
+
     def here(arguments: Sequence[str]) -> dict[str, Any]:
         asked.append(arguments)
         assert probe.main(arguments) == 0
@@ -37,6 +50,18 @@ def probed_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
     monkeypatch.setattr(data, "_probe", here)
     return asked
+
+
+@pytest.fixture
+def probes_end_here(measured_little: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measure little, in what looks from outside like a process of its own."""
+
+    def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-m", "fpd_accel.bench.probe"]
+        code = probe.main(command[3:])
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=run))
 
 
 def test_bench_data_prints_a_table_and_writes_the_same_as_json(
@@ -59,17 +84,24 @@ def test_bench_data_prints_a_table_and_writes_the_same_as_json(
             assert measured["samples_per_second"] > 0
             assert all(0 < measured["first_batch_seconds"][name] < 60 for name in ("start", "far"))
             assert len(measured["worker_memory"]) == int(workers)
+            sent = 4 * (256 * 192 * 3 + 17 * 3 * 4 + 4 * 4 + 8)  # crops, keypoints, regions and rows of a batch
+            assert measured["read_ahead_bytes"] == int(workers) * READ_AHEAD * sent
             for memory in filter(None, measured["worker_memory"]):
                 assert 0 < memory["private"] <= memory["anonymous"] * 1.5
                 assert memory["anonymous"] <= memory["proportional"]
     for words in ("30 people", "12 images", "last / first", "open, s", "each of 2 workers", "samples/s, 1 worker"):
         assert words in printed
+    ahead = next(line for line in printed.splitlines() if "batches read ahead, 2 workers, MB" in line)
+    assert ahead.count(" 5 ") == 2  # of both datasets: 2 workers, 4 batches, 4 people, 148 kB each
+    assert "batches read ahead are in shared memory and come on top" in printed
     assert f"{large['loading']['0']['samples_per_second']:,.0f}" in printed
     (compared,) = report["loaders"]
     assert (compared["people"], set(compared["compared"]["workers"])) == (10, {"0", "1"})
     assert "Loader against the published one's" in printed
     written = sorted((tmp_path / "cache").iterdir())
     assert [folder.name for folder in written] == ["people_30", "people_7", "photographs_10"]
+    (decoded,) = [word for arguments in probed_here for word in arguments if word.startswith("--compare=")]
+    assert Path(decoded.removeprefix("--compare=")).parent == tmp_path / "cache"
     kept = [folder.stat().st_mtime_ns for folder in written]
     assert cli.main(["bench", "data", "--people", "7", "--batches", "1", "--cache", str(tmp_path / "cache")]) == 0
     assert "last / first" not in capsys.readouterr().out
@@ -81,6 +113,55 @@ def test_a_probe_is_a_process_of_its_own(tiny_shards: Path) -> None:
     shards = Shards(tiny_shards)
     assert (found["people"], found["images"]) == (len(shards), len(shards.images))
     assert 0 < found["seconds"] < 60
+
+
+class FakeLoader(Iterator[Batch]):
+    """Gives a batch in 1 second; its processes need 5 to end, whether they are told to or it is dropped."""
+
+    _workers = ()
+
+    def __init__(self, clock: SimpleNamespace, happened: list[str]) -> None:
+        self.clock, self.happened, self.running = clock, happened, True
+
+    def __next__(self) -> Batch:
+        self.clock.seconds += 1
+        return draw_batch(2, 3, (4, 3))
+
+    def _shutdown_workers(self) -> None:
+        self._end("closed")
+
+    def __del__(self) -> None:
+        self._end("dropped")
+
+    def _end(self, how: str) -> None:
+        if self.running:
+            self.running = False
+            self.clock.seconds += 5
+            self.happened.append(how)
+
+
+def test_the_end_of_a_loader_is_in_no_time_and_after_its_memory(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, happened = SimpleNamespace(seconds=0.0), list[str]()
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    monkeypatch.setattr(probe, "make_loader", lambda *_: FakeLoader(clock, happened))
+    monkeypatch.setattr(probe, "memory", lambda *_: happened.append("memory"))
+    found = probe.time_loading(str(tiny_shards), workers=2, batch=2, batches=7)
+    assert found["first_batch_seconds"] == {"start": 1, "far": 1}
+    assert found["samples_per_second"] == 2
+    assert found["read_ahead_bytes"] == 2 * READ_AHEAD * payload(draw_batch(2, 3, (4, 3)))
+    firsts = 2 * probe.REPEATS
+    assert happened[:firsts] == ["closed"] * firsts
+    assert happened[firsts] == "memory"
+    assert happened[-1] == "closed"
+    assert "dropped" not in happened
+
+
+def test_a_loader_reads_ahead_as_far_as_is_said(tiny_shards: Path) -> None:
+    shards = Shards(tiny_shards)
+    own = PoseStream(shards, input_size=(64, 48), batch_size=2)
+    assert make_loader(own, 2, torch.device("cpu")).prefetch_factor == READ_AHEAD
 
 
 def test_a_cold_opening_reads_every_file_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,3 +231,56 @@ def test_shards_that_cannot_be_read_are_refused_by_the_process_that_reads_them(t
     next((shards.path / "people").glob("*.arrow")).unlink()
     with pytest.raises(DataError, match=r"people_5/people: cannot be opened"):
         data.bench_data([shards])
+
+
+def no_memory(*_: Any) -> Batch:
+    raise MemoryError("Unable to allocate 137. GiB")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        ((PoseStream, "batch"), no_memory, "no memory for batches of 3 people; lower --batch"),
+        ((loader_gate, "Normalization"), partial(Normalization, color="bgr"), "between the same crop normalised"),
+    ],
+)
+def test_what_is_wrong_in_a_probe_is_one_message(
+    place: tuple[Any, str],
+    wrong: Any,
+    message: str,
+    probes_end_here: None,
+    tiny_shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(data, "MEMORY_WORKERS", (0,))
+    monkeypatch.setattr(data, "RATE_WORKERS", (0,))
+    monkeypatch.setattr(*place, wrong)
+    arguments = ["--data", str(tiny_shards), "--batch", "3", "--batches", "1"]
+    assert cli.main(["bench", "data", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {tiny_shards}: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: cannot be written: .* choose another --cache"):
+        data._compare(draw_crowd(tmp_path, 5), tmp_path / "nowhere", [])
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (2, "data.decoded_cache: 5 images\nerror: no room\n", "^no room$"),
+        (-9, "", "^shards: measuring was killed, .* lower --batch$"),
+    ],
+)
+def test_how_a_probe_ended_is_said_in_one_line(
+    code: int, error: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.CompletedProcess([], code, "", error)
+    monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=lambda *_, **__: ended))
+    with pytest.raises((DataError, BenchError), match=message):
+        data._probe(["shards"])

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,20 @@ import torch
 from torch.utils.data import default_collate
 
 from fpd_accel import log
-from fpd_accel.bench import loaders
+from fpd_accel.bench import loader_gate, loaders
+from fpd_accel.bench.batches import payload
 from fpd_accel.bench.crowd import draw_crowd
-from fpd_accel.bench.loaders import compare_pixels, payload
+from fpd_accel.bench.loader_gate import Preparation, check_agreement, compare_pixels, compare_prepared
 from fpd_accel.bench.reference_loader import ReferenceDataset
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Augment, load_recipe
 from fpd_accel.data import PoseStream, Shards
 from fpd_accel.data import stream as stream_module
+from fpd_accel.data.batch import Normalization
 from fpd_accel.data.columns import BytesColumn, Column
 from fpd_accel.data.order import by_image
+from fpd_accel.errors import BenchError
+from fpd_accel.geometry import crop_matrix, mirror_matrix
 
 SIZE = (64, 48)  # (height, width) of crops
 
@@ -35,6 +40,14 @@ def stream(shards: Shards, **options: Any) -> PoseStream:
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     return draw_crowd(tmp_path_factory.mktemp("crowd"), 40)
+
+
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a comparison, without workers."""
+    monkeypatch.setattr(loaders, "ROUNDS", 1)
+    monkeypatch.setattr(loaders, "WORKERS", (0,))
+    monkeypatch.setattr(loaders, "use_one_thread", lambda: None)  # for good, and of all tests that follow
 
 
 # --- the published loader -----------------------------------------------------------------------------------------
@@ -74,8 +87,68 @@ def test_pixel_errors_are_seen(tiny_shards: Path) -> None:
     assert wrong["pixel_mean"] > 1  # grey level
     assert wrong["keypoint_max"] > 0.3  # crop pixels
     reference.records[0] = dataclasses.replace(reference.records[0], visible=1 - reference.records[0].visible)
-    with pytest.raises(RuntimeError, match="sample 0: not the same keypoints"):
+    with pytest.raises(BenchError, match="sample 0: not the same keypoints"):
         compare_pixels(own, reference)
+
+
+def test_what_is_made_of_a_crop_is_compared_too(tiny_shards: Path) -> None:
+    reference, prepare = ReferenceDataset(stream(Shards(tiny_shards)), 8), Preparation(SIZE)
+    right = compare_prepared(prepare, reference)
+    assert right["image_max"] < 1e-5  # standard deviations
+    assert right["target_max"] < 1e-5  # of a peak of 1
+    prepare.codec = dataclasses.replace(prepare.codec, kind="dark")
+    assert compare_prepared(prepare, reference)["target_max"] > 0.1
+
+
+RIGHT = {"people": 8, "pixel_max": 2, "pixel_mean": 0.1, "keypoint_max": 0.01, "image_max": 1e-4, "target_max": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("pixel_max", 3.0),
+        ("pixel_mean", 0.11),
+        ("keypoint_max", 0.011),
+        ("image_max", 2e-4),
+        ("target_max", 2e-4),
+        ("pixel_mean", float("nan")),
+    ],
+)
+def test_a_difference_beyond_its_tolerance_is_refused_by_its_name(name: str, wrong: float) -> None:
+    check_agreement("crowd", RIGHT)
+    with pytest.raises(BenchError, match="crowd: our loader and the published one do not give the same") as caught:
+        check_agreement("crowd", RIGHT | {name: wrong})
+    assert str(caught.value).count("allowed") == 1
+    assert f"{wrong:.3g} {loader_gate.TOLERANCE[name][1]} (" in str(caught.value)
+
+
+def shifted(*arguments: Any, **options: Any) -> np.ndarray:
+    return np.add(crop_matrix(*arguments, **options), [[0, 0, 0.5], [0, 0, 0]])  # crop pixels to the right
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong", "said"),
+    [
+        (stream_module, "crop_matrix", shifted, "0.5 crop pixels between keypoints"),
+        (stream_module, "mirror_matrix", lambda matrix, width: mirror_matrix(matrix, width + 1), "between crops"),
+        (loader_gate, "Normalization", lambda: Normalization(color="bgr"), "between the same crop normalised"),
+    ],
+)
+def test_loaders_are_not_timed_where_ours_gives_something_else(
+    module: ModuleType,
+    name: str,
+    wrong: Callable[..., Any],
+    said: str,
+    crowd: Shards,
+    one_round: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, name, wrong)
+    monkeypatch.setattr(loaders, "make_loader", None)
+    with pytest.raises(BenchError, match=said):
+        loaders.compare_loaders(crowd, tmp_path, input_size=SIZE, batch=4, batches=1)
+    assert not list(tmp_path.iterdir())  # nothing was decoded for it either
 
 
 def test_bytes_of_a_batch_are_those_of_its_tensors(tiny_shards: Path) -> None:
@@ -90,20 +163,52 @@ def test_bytes_of_a_batch_are_those_of_its_tensors(tiny_shards: Path) -> None:
 
 
 def test_a_comparison_gives_each_ratio_of_what_it_timed(
-    crowd: Shards, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    crowd: Shards,
+    one_round: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(loaders, "ROUNDS", 1)
-    monkeypatch.setattr(loaders, "WORKERS", (0,))
-    monkeypatch.setattr(loaders, "use_one_thread", lambda: None)  # for good, and of all tests that follow
-    found = loaders.compare_loaders(crowd, input_size=SIZE, batch=4, batches=2)
+    prepared = []
+    prepare = Preparation.__call__
+    monkeypatch.setattr(Preparation, "__call__", lambda *sent: prepared.append(len(sent[1])) or prepare(*sent))  # type: ignore[func-returns-value]
+    found = loaders.compare_loaders(crowd, tmp_path, input_size=SIZE, batch=4, batches=2)
     measured = found["workers"]["0"]
     rates = {name: rate["median"] for name, rate in measured["samples_per_second"].items()}
-    assert rates.keys() == {"ours", "reference", "grouped", "decoded"}
-    for name in ("ours", "grouped", "decoded"):
+    assert rates.keys() == {"ours", "prepared", "reference", "grouped", "decoded"}
+    assert prepared[-3:] == [4, 4, 4]  # the first batch and the two that are timed, of one variant
+    assert prepared.count(4) == 3
+    for name in ("ours", "prepared", "grouped", "decoded"):
         assert measured["ratio"][name]["median"] == pytest.approx(rates[name] / rates["reference"])
     assert found["bytes_per_sample"]["ours"] < found["bytes_per_sample"]["reference"] / 4
+    kept = [crowd.columns(["image_row"], [stream(crowd).place(sample).row])["image_row"] for sample in range(12)]
+    assert found["decoded_bytes"] == len(np.unique(kept)) * 120 * 160 * 3  # of the three batches that are read
     loaders.show_loaders("crowd", len(crowd), found)
-    assert f"{rates['reference']:,.0f} (" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for rate in rates.values():
+        assert f"{rate:,.0f} (" in printed
+    for words in ("ours, with normalising and targets", "left to the device", "other people per batch", "from memory"):
+        assert words in printed
+
+
+def test_no_more_batches_are_compared_than_the_cache_has_room_for(
+    crowd: Shards, one_round: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = stream(crowd)
+    rows = [int(crowd.columns(["image_row"], [own.place(sample).row])["image_row"][0]) for sample in range(40)]
+
+    def fitting(most: int) -> int:
+        monkeypatch.setattr(loaders, "CACHE_AT_MOST", most)
+        return loaders.batches_per_round(own, 50)
+
+    def decoded(batches: int) -> int:
+        return len(set(rows[: 4 * batches])) * 120 * 160 * 3
+
+    assert decoded(2) < decoded(3) < decoded(4)
+    assert fitting(decoded(3)) == fitting(decoded(4) - 1) == 2  # and one before them
+    assert fitting(decoded(10)) == 50  # again and again from the same images
+    with pytest.raises(BenchError, match=r"of 2 batches of 4 people the images take more than .* lower --batch"):
+        fitting(decoded(2) - 1)
 
 
 # --- rows of columns ----------------------------------------------------------------------------------------------

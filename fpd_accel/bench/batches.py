@@ -1,6 +1,10 @@
-"""Batches that no image has to be read for, to measure what is done with them."""
+"""Batches that no image has to be read for, to measure what is done with them; and how large any batch is."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fpd_accel.data.batch import Batch
 
@@ -17,3 +21,13 @@ def draw_batch(people: int, joints: int, input_size: tuple[int, int], *, hidden:
         sizes=torch.tensor([[float(width), float(height)]]).expand(people, 2) * 1.5,
         rows=torch.arange(people),
     )
+
+
+def payload(sent: Any) -> int:
+    """Bytes of the tensors that go from a worker to the process that trains."""
+    if isinstance(sent, Tensor):
+        return sent.nbytes
+    if isinstance(sent, Batch):
+        return payload(vars(sent))
+    inner = sent.values() if isinstance(sent, Mapping) else sent if isinstance(sent, Sequence) else ()
+    return sum(payload(one) for one in inner if not isinstance(one, str))

@@ -116,7 +116,9 @@ def _data(arguments: argparse.Namespace) -> None:
         else:
             datasets = [draw_crowd(folder, number) for number in people]
             photographs = [draw_crowd(folder, PHOTOGRAPHED, pictures=PHOTOGRAPHS)]
-        report = bench_data(datasets, batch=arguments.batch, batches=arguments.batches, photographs=photographs)
+        report = bench_data(
+            datasets, batch=arguments.batch, batches=arguments.batches, photographs=photographs, folder=folder
+        )
     show_data(report)
     _write_json(arguments, report)
 

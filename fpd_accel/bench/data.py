@@ -5,10 +5,13 @@ Every number comes from a process of its own (see ``probe.py``), because memory 
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.markup import escape
@@ -17,26 +20,33 @@ from rich.table import Table
 from fpd_accel.bench.environment import describe, environment
 from fpd_accel.bench.loaders import show_loaders
 from fpd_accel.data.shards import Shards
-from fpd_accel.errors import DataError
+from fpd_accel.errors import BenchError, DataError
 from fpd_accel.log import results, track
 
 OPENINGS = 3  # processes that open, of which the median counts
 MEMORY_WORKERS = (0, 4, 8)
 RATE_WORKERS = (0, 1, 2)
+KILLED = -9  # by the system, as subprocess says it
 Value = float | None  # None: not to be known on this system
 
 
 def bench_data(
-    datasets: Sequence[Shards], *, batch: int = 32, batches: int = 100, photographs: Sequence[Shards] | None = None
+    datasets: Sequence[Shards],
+    *,
+    batch: int = 32,
+    batches: int = 100,
+    photographs: Sequence[Shards] | None = None,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """The measurements of some datasets, for JSON and for :func:`show_data`.
 
     Our loader is compared with the published one on ``photographs``, whose images should be as large as real ones;
-    None: on the datasets themselves.
+    None: on the datasets themselves. Its decoded cache lies in ``folder`` meanwhile; None: where temporary files do.
 
     Raises:
-        DataError: a dataset cannot be read.
+        DataError: a dataset cannot be read, the loaders do not give the same, or memory or disk do not suffice.
     """
+    where = environment()  # before measuring, which is a load itself
     compared = datasets if photographs is None else photographs
     for shards in (*datasets, *compared):
         if not shards.description["counts"]["usable"]:  # opened here, files would stay in memory
@@ -50,14 +60,14 @@ def bench_data(
     found: list[list[dict[str, Any]]] = [[] for _ in datasets]
     for number, arguments in track(jobs, "measuring", total=len(jobs)):
         found[number].append(_probe(arguments) | {"cold": "--cold" in arguments})
-    comparing = ["--compare", f"--batch={batch}", f"--batches={batches}"]
+    options = [f"--batch={batch}", f"--batches={batches}"]
     loaders = [
-        {"path": str(shards.path), "people": len(shards), "compared": _probe([str(shards.path), *comparing])}
+        {"path": str(shards.path), "people": len(shards), "compared": _compare(shards, folder, options)}
         for shards in track(compared, "comparing loaders", total=len(compared))
     ]
     return {
         "bench": "data",
-        "environment": environment(),
+        "environment": where,
         "settings": {"batch": batch, "batches": batches, "openings": OPENINGS},
         "datasets": [_gathered(shards, own) for shards, own in zip(datasets, found, strict=True)],
         "loaders": loaders,
@@ -69,12 +79,24 @@ def _temperatures() -> list[list[str]]:
     return [[], ["--cold"]] if hasattr(os, "posix_fadvise") else [[]]
 
 
+def _compare(shards: Shards, folder: Path | None, options: Sequence[str]) -> dict[str, Any]:
+    """What is decoded goes with this process, however the one that measures ends."""
+    try:
+        temporary = TemporaryDirectory(prefix="fpd-bench-", dir=folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written: {error.strerror}; choose another --cache") from None
+    with temporary as decoded:
+        return _probe([str(shards.path), f"--compare={decoded}", *options])
+
+
 def _probe(arguments: Sequence[str]) -> dict[str, Any]:
     ran = subprocess.run(
         [sys.executable, "-m", "fpd_accel.bench.probe", *arguments], capture_output=True, text=True, check=False
     )
-    if ran.returncode == 2:
-        raise DataError(ran.stderr.strip().removeprefix("error: "))
+    if ran.returncode == 2:  # what it said before is no part of the mistake
+        raise DataError(re.split(r"^error: ", ran.stderr, flags=re.MULTILINE)[-1].strip())
+    if ran.returncode == KILLED:
+        raise BenchError(f"{arguments[0]}: measuring was killed, as by a system without memory left; lower --batch")
     if ran.returncode:
         raise RuntimeError(f"fpd_accel.bench.probe {' '.join(arguments)} failed:\n{ran.stderr}")
     return json.loads(ran.stdout.splitlines()[-1])
@@ -112,7 +134,8 @@ def show_data(report: dict[str, Any]) -> None:
     results.print(table)
     results.print(
         f"batches of {settings['batch']}, {settings['batches']} of them; memory without the pages of files, which the "
-        "system drops when it needs room",
+        "system drops when it needs room; batches read ahead are in shared memory and come on top, at most as much as "
+        "is said here",
         soft_wrap=True,
     )
     for one in report["loaders"]:
@@ -133,6 +156,7 @@ def _rows() -> list[tuple[str, int, Callable[[dict[str, Any]], Value]]]:
         rows.append((f"memory of all processes, {_workers(n)}, MB", 0, _memory(n)))
         if n:
             rows.append((f"memory of its own of each of {_workers(n)}, MB", 0, _worker_memory(n)))
+            rows.append((f"batches read ahead, {_workers(n)}, MB", 0, _read_ahead(n)))
     rows += [(f"samples/s, {_workers(n)}", 0, _rate(n)) for n in RATE_WORKERS]
     return rows
 
@@ -147,6 +171,10 @@ def _first_batch(workers: int, where: str) -> Callable[[dict[str, Any]], Value]:
 
 def _rate(workers: int) -> Callable[[dict[str, Any]], Value]:
     return lambda dataset: dataset["loading"][str(workers)]["samples_per_second"]
+
+
+def _read_ahead(workers: int) -> Callable[[dict[str, Any]], Value]:
+    return lambda dataset: dataset["loading"][str(workers)]["read_ahead_bytes"] / 1e6
 
 
 def _worker_memory(workers: int) -> Callable[[dict[str, Any]], Value]:

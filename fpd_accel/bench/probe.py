@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from fpd_accel.bench.batches import payload
 from fpd_accel.config import Augment
 from fpd_accel.data import Batch, PoseStream, Shards, make_loader
-from fpd_accel.errors import UserError
+from fpd_accel.data.stream import READ_AHEAD, close_loader
+from fpd_accel.errors import BenchError, UserError
 from fpd_accel.log import fail
 
 REPEATS = 3  # first batches, of which the median counts
@@ -59,7 +61,10 @@ def evict(file: Path) -> None:
 
 
 def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[str, Any]:
-    """First batches of training from the start and from far on, then the rate and memory over ``batches`` more."""
+    """First batches of training from the start and from far on, then the rate and memory over ``batches`` more.
+
+    A loader is closed when the clock has stopped and its memory is known: its processes take their time to end.
+    """
     shards = Shards(path)
     shards.open()
     starts = {"start": 0, "far": int(FAR * len(shards))}
@@ -67,23 +72,29 @@ def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[s
     for _ in range(REPEATS):
         for name, start in starts.items():
             began = time.perf_counter()
-            next(_batches(shards, start, workers=workers, batch=batch))
+            loading = _batches(shards, start, workers=workers, batch=batch)
+            next(loading)
             first[name].append(time.perf_counter() - began)
+            close_loader(loading)
     loading = _batches(shards, starts["far"], workers=workers, batch=batch)
-    for _ in range(1 + 4 * workers):  # what workers have read ahead is no measure of how fast they are
+    for _ in range(READ_AHEAD * workers):  # what workers have read ahead is no measure of how fast they are
         next(loading)
+    sent = payload(next(loading))
     began = time.perf_counter()
     for _ in range(batches):
         next(loading)
     rate = batches * batch / (time.perf_counter() - began)
     pids = [process.pid for process in torch.multiprocessing.active_children()]
-    return {
+    found = {
         "workers": workers,
         "first_batch_seconds": {name: statistics.median(seconds) for name, seconds in first.items()},
         "samples_per_second": rate,
         "main_memory": memory(),
         "worker_memory": [memory(pid) for pid in pids if pid is not None],
+        "read_ahead_bytes": workers * READ_AHEAD * sent,
     }
+    close_loader(loading)
+    return found
 
 
 def _batches(shards: Shards, start: int, *, workers: int, batch: int) -> Iterator[Batch]:
@@ -98,16 +109,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("shards")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--workers", type=int, help="measure loading; default: opening")
-    parser.add_argument("--compare", action="store_true", help="measure our loader against the published one")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="measure our loader against the published one; a decoded cache there",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=100)
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.compare:
+        if chosen.compare is not None:
             from fpd_accel.bench.loaders import compare_loaders  # what it imports would be counted as memory of ours
 
             found = compare_loaders(
-                Shards(chosen.shards), input_size=INPUT_SIZE, batch=chosen.batch, batches=chosen.batches
+                Shards(chosen.shards),
+                chosen.compare,
+                input_size=INPUT_SIZE,
+                batch=chosen.batch,
+                batches=chosen.batches,
             )
         elif chosen.workers is None:
             found = time_opening(chosen.shards, cold=chosen.cold)
@@ -115,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = time_loading(chosen.shards, workers=chosen.workers, batch=chosen.batch, batches=chosen.batches)
     except UserError as error:
         return fail(error)
+    except MemoryError:
+        return fail(BenchError(f"{chosen.shards}: no memory for batches of {chosen.batch} people; lower --batch"))
     print(json.dumps(found))
     return 0
 

@@ -63,7 +63,7 @@ class ReferenceDataset(Dataset[Item]):
         record = self.records[index]
         crop, joints, visible, meta = self.crop(record)
         image = self.transform(crop)
-        target, target_weight = draw_target(joints, visible[:, 0], self.input_size, self.heatmap_size, self.sigma)
+        target, target_weight = self.generate_target(joints, visible)
         return image, torch.from_numpy(target), torch.from_numpy(target_weight), meta
 
     def _records(self, stream: PoseStream, places: Sequence[Place]) -> list[Record]:
@@ -153,6 +153,10 @@ class ReferenceDataset(Dataset[Item]):
                 joints[left, :], joints[right, :] = joints[right, :], joints[left, :].copy()
                 visible[left, :], visible[right, :] = visible[right, :], visible[left, :].copy()
         return joints * visible, visible
+
+    def generate_target(self, joints: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A Gaussian for each joint, drawn patch by patch, and its weight in the loss."""
+        return draw_target(joints, visible[:, 0], self.input_size, self.heatmap_size, self.sigma)
 
 
 def _center_scale(

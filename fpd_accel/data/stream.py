@@ -28,6 +28,8 @@ from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
 from fpd_accel.stop import end_process, outlive_stop
 
+READ_AHEAD = 4  # batches per loader process that are made or being made before they are asked for
+
 
 @dataclass(frozen=True)
 class Place:
@@ -264,7 +266,7 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
         batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=READ_AHEAD if workers else None,
         worker_init_fn=_start_worker,
     )
 
