@@ -154,6 +154,7 @@ def test_a_global_batch_that_does_not_divide_is_refused_before_anything_starts(
     terminal: Terminal, tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     message = terminal.refuses("distill", "--config", tiny_recipe(train={"global_batch": 5}))
     assert "train.global_batch: 5 does not divide by 2 ranks; use 4 or 6" in message
 
@@ -162,6 +163,7 @@ def test_processes_that_would_train_alone_are_refused(
     terminal: Terminal, tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")  # of a launcher that Accelerate does not recognise
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     message = terminal.refuses("distill", "--config", tiny_recipe())
     assert "2 processes were started, but each trains alone" in message
     assert "ACCELERATE_USE_CPU=true" in message

@@ -146,6 +146,7 @@ def test_processes_that_each_believe_to_be_alone_are_an_error(
     tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     with pytest.raises(TrainingError, match="ACCELERATE_USE_CPU=true"):
         train(tiny_recipe())
 
