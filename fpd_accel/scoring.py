@@ -16,7 +16,7 @@ from fpd_accel.data.detections import Detections
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.geometry import box_to_region
-from fpd_accel.metrics import mpii_scores, pck, rescore
+from fpd_accel.metrics import mpii_scores, pck, rescore, without_collection
 from fpd_accel.similarity import Sigmas, oks_nms_by_image, soft_oks_nms_by_image
 
 CATEGORY = 1  # "person", as COCO numbers it
@@ -44,6 +44,7 @@ def results(
     )
 
 
+@without_collection()
 def chosen_people(
     predictions: Predictions,
     images: Integer[np.ndarray, " person"],
@@ -97,6 +98,7 @@ def regions(
     return box_to_region(boxes, input_size, padding=padding)
 
 
+@without_collection()
 def ground_truth(shards: Shards, *, rows: np.ndarray | None = None) -> dict[str, Any]:
     """Everything annotated in the shards as a COCO dataset: crowds and people without keypoints too.
 

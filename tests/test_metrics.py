@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import math
 from pathlib import Path
@@ -329,3 +330,20 @@ def test_results_and_annotations_that_lack_an_entry_are_refused():
     del truth["annotations"][0]["area"], truth["annotations"][0]["bbox"]
     with pytest.raises(DataError, match="neither area nor bbox"):
         metrics.average_precision(truth, [found(poses(1)[0], 0.9)])
+
+
+def test_collection_goes_on_after_scores_as_before_however_they_end():
+    assert gc.isenabled()
+    with pytest.raises(DataError):
+        metrics.average_precision({"images": [], "annotations": []}, [{"image_id": 1}])
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with metrics.without_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    with metrics.without_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
