@@ -320,13 +320,29 @@ def test_shard_removed_under_two_ranks_ends_both_with_one_message(
     assert_intact(tmp_path / "read", step=3)
 
 
+@pytest.fixture
+def ends_when_cut_short(
+    after_step: Callable[[int, Callable[[], object]], None], distill: Callable[..., tuple[int, str]], tmp_path: Path
+) -> Callable[[Path, Path], None]:
+    """A function by which people's images are cut short after step 6 of a run, ``read``, and what has to come of it."""
+
+    def run(recipe: Path, people: Path) -> None:
+        after_step(6, lambda: truncate(images_file(people)))
+        code, said = distill(recipe)
+        assert code == 2, said
+        assert str(people) in said
+        assert "Traceback" not in said
+        assert_intact(tmp_path / "read", step=5)
+
+    return run
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_held_out_data_cut_short_under_a_job(
     workers: int,
     short_recipe: Callable[..., Path],
     tiny_valid: Path,
-    after_step: Callable[[int, Callable[[], object]], None],
-    distill: Callable[..., tuple[int, str]],
+    ends_when_cut_short: Callable[[Path, Path], None],
     tmp_path: Path,
 ) -> None:
     valid = shutil.copytree(tiny_valid, tmp_path / "valid")
@@ -334,19 +350,13 @@ def test_held_out_data_cut_short_under_a_job(
         "read", data={"valid": str(valid), "workers": workers}, train={"steps": 100}, evaluate={"every_epochs": 1},
         log={"every_steps": 5}, checkpoint={"every_steps": 5},
     )  # fmt: skip
-    after_step(6, lambda: truncate(images_file(valid)))
-    code, said = distill(recipe)
-    assert code == 2, said
-    assert str(valid) in said
-    assert "Traceback" not in said
-    assert_intact(tmp_path / "read", step=5)
+    ends_when_cut_short(recipe, valid)
 
 
 def test_people_without_labels_cut_short_under_a_job_that_reads_them_itself(
     short_recipe: Callable[..., Path],
     own_shards: Path,
-    after_step: Callable[[int, Callable[[], object]], None],
-    distill: Callable[..., tuple[int, str]],
+    ends_when_cut_short: Callable[[Path, Path], None],
     tmp_path: Path,
 ) -> None:
     unlabelled = shutil.copytree(own_shards, tmp_path / "unlabelled")
@@ -357,12 +367,7 @@ def test_people_without_labels_cut_short_under_a_job_that_reads_them_itself(
         teacher={"weights": str(tmp_path / "teacher")}, distill={"mode": "fpd", "mask": "all"},
         log={"every_steps": 5}, checkpoint={"every_steps": 5},
     )  # fmt: skip
-    after_step(6, lambda: truncate(images_file(unlabelled)))
-    code, said = distill(recipe)
-    assert code == 2, said
-    assert str(unlabelled) in said
-    assert "Traceback" not in said
-    assert_intact(tmp_path / "read", step=5)
+    ends_when_cut_short(recipe, unlabelled)
 
 
 def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
