@@ -47,8 +47,8 @@ PATIENCE = 10.0  # seconds that a lock is waited for, before all ranks meet agai
 LATENCY = 60.0  # seconds until a shared file system shows one machine what another one wrote
 LINE_SECONDS = 60.0  # between lines of progress
 CODE = (  # of this package, whose text decides on crops and outputs, as models/ does
-    "augment.py", "codecs.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/stream.py", "data/views.py",
-    "fold.py", "fp8.py", "geometry.py", "teacher.py",
+    "augment.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/shards.py", "data/stream.py",
+    "data/views.py", "fold.py", "fp8.py", "geometry.py", "outputs.py", "skeleton.py", "teacher.py",
 )  # fmt: skip
 PACKAGES = ("torch", "numpy", "opencv-python-headless")  # whose versions decide on crops, draws and outputs
 
@@ -308,8 +308,11 @@ class CacheBuilder:
         """
         if self.accelerator.num_processes == 1:
             return
-        name = on_first_rank(self.accelerator, lambda: f".seen_by_all.{uuid.uuid4().hex[:8]}")
-        path = self.folder / name
+
+        def write() -> Path:
+            path = self.folder / f".seen_by_all.{uuid.uuid4().hex[:8]}"
+            replace_file(path, "")
+            return path
 
         def wait() -> Path:
             deadline = time.monotonic() + LATENCY
@@ -323,9 +326,12 @@ class CacheBuilder:
                 time.sleep(0.1)
             return path
 
-        on_first_rank(self.accelerator, lambda: replace_file(path, ""))
-        on_every_rank(self.accelerator, wait, same=str)
-        on_first_rank(self.accelerator, lambda: path.unlink(missing_ok=True))
+        path = on_first_rank(self.accelerator, write)
+        try:
+            on_every_rank(self.accelerator, wait, same=str)
+        finally:
+            if self.accelerator.is_main_process:
+                path.unlink(missing_ok=True)
 
     def _heed_stop(self) -> None:
         """On all ranks: end, if one of them was asked to.

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -211,10 +212,8 @@ def _measure(ground: Ground, batch: int) -> dict[str, Any]:
 
 def _if_room(work: Callable[[], Result], device: torch.device) -> Result | None:
     """What it gives; None where the device's memory does not suffice, and what it took is given back."""
-    try:
+    with suppress(torch.OutOfMemoryError):  # what its frames hold is freed only after this block
         return work()
-    except torch.OutOfMemoryError:
-        pass  # what its frames hold is freed only after this block
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
