@@ -68,6 +68,15 @@ def mirror_matrix(matrix: Matrix, image_width: int) -> Matrix:
     return matrix @ mirror
 
 
+def lowest_row(matrix: Matrix, input_size: tuple[int, int]) -> float:
+    """The largest y, in image pixels, of what a crop shows."""
+    height, width = input_size
+    (a, b, x), (c, d, y) = matrix.tolist()
+    determinant = a * d - b * c
+    down_right, down = -c * (width - 1) / determinant, a * (height - 1) / determinant  # along the crop's sides
+    return (c * x - a * y) / determinant + max(0.0, down_right) + max(0.0, down)
+
+
 def transform_points(matrix: Matrix, points: Float[np.ndarray, "*batch 2"]) -> Float64[np.ndarray, "*batch 2"]:
     """Points in image pixels, moved to crop pixels."""
     return points @ matrix[:, :2].T + matrix[:, 2]

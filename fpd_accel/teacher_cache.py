@@ -50,7 +50,12 @@ CODE = (  # of this package, whose text decides on crops and outputs, as models/
     "augment.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/shards.py", "data/stream.py",
     "data/views.py", "fold.py", "fp8.py", "geometry.py", "outputs.py", "skeleton.py", "teacher.py",
 )  # fmt: skip
-PACKAGES = ("torch", "numpy", "opencv-python-headless")  # whose versions decide on crops, draws and outputs
+PACKAGES = (
+    "torch",
+    "numpy",
+    "opencv-python-headless",
+    "simplejpeg",
+)  # that crops, draws and outputs hang on
 
 
 @dataclass(frozen=True)

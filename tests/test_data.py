@@ -17,7 +17,6 @@ from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Augment
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.coco import SKIPPED, prepare_coco
-from fpd_accel.data.images import decode_image
 from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.errors import DataError
@@ -455,32 +454,6 @@ def test_another_skeleton_is_prepared_as_well(source: Source) -> None:
     batch = PoseStream(shards, input_size=SMALL, batch_size=4).batch(range(4))
     assert batch.keypoints.shape == (4, 2, 2)
     assert batch.visible.tolist() == [[1, 1]] * 4  # hidden counts as labelled
-
-
-def test_images_are_decoded_as_they_are_stored_whatever_exif_says_of_their_orientation() -> None:
-    stored = cv2.imencode(".jpg", smooth_image(0))[1].tobytes()
-    # One directory entry: tag 0x0112 (orientation), type 3 (short), one value: 6, "turn by 90 degrees to show".
-    tiff = b"MM\x00\x2a\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"
-    exif = b"Exif\x00\x00" + tiff
-    turned = stored[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + stored[2:]
-    obeyed = cv2.imdecode(np.frombuffer(turned, dtype=np.uint8), cv2.IMREAD_COLOR)
-    assert obeyed is not None
-    assert obeyed.shape == (WIDTH, HEIGHT, 3)  # the tag is understood
-    pixels = decode_image(turned)
-    assert pixels is not None
-    np.testing.assert_array_equal(pixels, decode_image(stored))
-    assert pixels.shape == (HEIGHT, WIDTH, 3)
-
-
-def test_images_are_decoded_as_rgb() -> None:
-    red = np.zeros((8, 8, 3), dtype=np.uint8)
-    red[..., 2] = 200  # OpenCV writes BGR
-    pixels = decode_image(cv2.imencode(".png", red)[1].tobytes())
-    assert pixels is not None
-    assert pixels[0, 0].tolist() == [200, 0, 0]
-    gray = decode_image(cv2.imencode(".png", red[..., 2])[1].tobytes())
-    assert gray is not None
-    assert gray.shape == (8, 8, 3)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------

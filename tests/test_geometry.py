@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.geometry import box_to_region, clip_box, crop_matrix, lowest_row, mirror_matrix, transform_points
 
 SIZES = [(256, 192), (64, 64), (96, 128)]  # (height, width) of crops
 
@@ -82,6 +82,19 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(rotation: float) -> N
     np.testing.assert_allclose(
         transform_points(mirror_matrix(matrix, 320), np.array([[100.0, 50.0]])), transform_points(matrix, mirrored)
     )
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("input_size", SIZES)
+def test_the_lowest_row_is_that_of_the_lowest_corner(input_size: tuple[int, int], mirrored: bool) -> None:
+    height, width = input_size
+    corners = np.array([[0, 0], [width - 1, 0], [0, height - 1], [width - 1, height - 1]], dtype=np.float64)
+    for rotation in range(-180, 181, 15):
+        matrix = crop_matrix(np.array([121.5, 222.25]), 187.0, input_size, rotation=float(rotation))
+        if mirrored:
+            matrix = mirror_matrix(matrix, 640)
+        expected = transform_points(cv2.invertAffineTransform(matrix), corners)[:, 1].max()
+        assert lowest_row(matrix, input_size) == pytest.approx(expected, abs=1e-9)  # pixels
 
 
 def test_mirroring_twice_changes_nothing() -> None:

@@ -244,7 +244,7 @@ def test_rows_of_numbers_are_those_that_were_written() -> None:
 def test_an_image_is_decoded_once_for_all_its_people_of_a_batch(crowd: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     decode = stream_module.decode_image
-    monkeypatch.setattr(stream_module, "decode_image", lambda data: decoded.append(1) or decode(data))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(stream_module, "decode_image", lambda data, rows: decoded.append(rows) or decode(data))  # type: ignore[func-returns-value]
     own = stream(crowd)
     together = own.batch(range(40))
     assert len(decoded) == len(crowd.images)

@@ -2,8 +2,8 @@
 
 One file per dataset: the RGB pixels of each image that has usable people, in the order of the shards, and nothing
 else; where each begins follows from the sizes that the shards know. The file is named after the dataset, which of its
-images are kept, and the version of OpenCV, for the pixels hang on all three. It is memory-mapped, so that all processes
-of a machine share what of it is in memory.
+images are kept, and the versions of what decodes them, for the pixels hang on all of it. It is memory-mapped, so that
+all processes of a machine share what of it is in memory.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import simplejpeg
 from filelock import FileLock
 from jaxtyping import UInt8
 
@@ -92,7 +93,8 @@ def open_decoded(
     shards.open()
     rows = np.unique(shards.image_rows) if rows is None else rows
     heights, widths = shards.image_sizes(rows)
-    key = f"{shards.annotated.fingerprint} {hashlib.sha256(rows.tobytes()).hexdigest()} {cv2.__version__}"
+    decoders = f"{cv2.__version__} {simplejpeg.__version__}"
+    key = f"{shards.annotated.fingerprint} {hashlib.sha256(rows.tobytes()).hexdigest()} {decoders}"
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     decoded = DecodedImages(Path(folder) / f"{name}.pixels", rows, heights, widths)
     if len(decoded) and not decoded.is_whole():
@@ -132,7 +134,7 @@ def _decode_all(shards: Shards, decoded: DecodedImages, stop: StopRequest) -> No
 
 
 def _decoded_in_order(shards: Shards, decoded: DecodedImages) -> Iterator[np.ndarray]:
-    """All images, decoded by threads: OpenCV does it without Python's lock."""
+    """All images, decoded by threads: decoders do it without Python's lock."""
 
     def decode(number: int) -> np.ndarray:
         row, shape = int(decoded.rows[number]), (int(decoded.heights[number]), int(decoded.widths[number]), CHANNELS)

@@ -1,11 +1,23 @@
-"""Encoded images: as they lie in shards, and decoded."""
+"""Encoded images: as they lie in shards, and decoded, as far down as they are needed.
 
+Decoding JPEGs is most of a loader's work, and a JPEG is decoded from its first row on: what lies below a crop can be
+left out. libjpeg-turbo does so when it is told that the image is no higher (ITU-T T.81, B.2.2: the number of lines in
+the header of a frame), and the rows above stay what they are, bit for bit.
+"""
+
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import cv2
 import numpy as np
+import simplejpeg
+
+BELOW = 16  # rows decoded beside those that are needed: colours are interpolated between rows
+START, END = b"\xff\xd8", b"\xff\xd9"  # of an image
+FILL, SCAN = b"\xff", b"\xff\xda"  # what each marker begins with; that of the data
+SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose rows come one after the other: not so progressive ones
 
 
 @dataclass(frozen=True)
@@ -25,17 +37,44 @@ class KeptPixels(Protocol):
         ...
 
 
-def decode_image(data: np.ndarray | bytes) -> np.ndarray | None:
+def decode_image(data: np.ndarray | bytes, *, rows: int | None = None) -> np.ndarray | None:
     """RGB pixels (height, width, 3), the EXIF orientation ignored as COCO's annotations want; None if undecodable.
 
-    What is decoded already is given back.
+    What is decoded already is given back. Where only the uppermost ``rows`` are needed, what is below them may be
+    missing; those that come are the same with and without.
     """
     if not len(data):
         return None
     if isinstance(data, np.ndarray) and data.ndim == 3:
         return data
+    if bytes(data[:2]) == START:
+        shortened = None if rows is None else shorten_jpeg(data, rows + BELOW)
+        with suppress(ValueError):  # damaged, or of a kind it does not read: OpenCV makes of it what it can
+            if shortened is None:
+                return simplejpeg.decode_jpeg(data, "RGB")
+            return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)  # it would complain of the data left over
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+
+
+def shorten_jpeg(data: np.ndarray | bytes, rows: int) -> bytearray | None:
+    """The same JPEG, but its header says that it ends after ``rows`` rows.
+
+    None where it has no more than that, or cannot be shortened so: it is not whole, not sequential, or its colours do
+    not come together.
+    """
+    jpeg = bytearray(data)
+    at, frame = len(START), 0  # of the segment, and of that of the frame
+    while (marker := jpeg[at : at + 2]) != SCAN and marker.startswith(FILL):
+        if marker in SEQUENTIAL:
+            frame = at
+        at += 1 if marker == 2 * FILL else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    height, components, scanned = slice(frame + 5, frame + 7), slice(frame + 9, frame + 10), slice(at + 4, at + 5)
+    in_one_scan = marker == SCAN and frame and jpeg[components] == jpeg[scanned]
+    if not in_one_scan or jpeg[-len(END) :] != END or int.from_bytes(jpeg[height], "big") <= rows:
+        return None
+    jpeg[height] = rows.to_bytes(2, "big")
+    return jpeg
 
 
 def read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:

@@ -25,9 +25,10 @@ from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.order import by_image
 from fpd_accel.data.shards import LABELS, Shards
 from fpd_accel.errors import DataError
-from fpd_accel.geometry import box_to_region, crop_matrix, mirror_matrix, transform_points
+from fpd_accel.geometry import Matrix, box_to_region, crop_matrix, lowest_row, mirror_matrix, transform_points
 from fpd_accel.stop import end_process, outlive_stop
 
+WARP_BELOW = 3  # rows below the lowest point of a crop that its interpolation may look at
 READ_AHEAD = 4  # batches per loader process that are made or being made before they are asked for
 
 
@@ -135,10 +136,14 @@ class PoseStream(IterableDataset[Batch]):
         crops = np.empty((len(people), *self.input_size, 3), dtype=np.uint8)
         keypoints = np.empty((len(people), self.skeleton.num_keypoints, 2), dtype=np.float32)
         visible = np.empty(keypoints.shape[:2], dtype=np.float32)
+        matrices = [self._matrix(*one) for one in zip(people, geometries, strict=True)]
         for same_image in _by_image(people):  # each is decoded once, and warped while the processor has it at hand
-            pixels = self._decode(people[same_image[0]])
+            lowest = max(lowest_row(matrices[i], self.input_size) for i in same_image)
+            pixels = self._decode(people[same_image[0]], rows=max(0, math.ceil(lowest)) + WARP_BELOW)
             for i in same_image:
-                keypoints[i], visible[i] = self._crop(pixels, people[i], geometries[i], into=crops[i])
+                cv2.warpAffine(pixels, matrices[i], self.input_size[::-1], dst=crops[i], flags=cv2.INTER_LINEAR)
+        for i, geometry in enumerate(geometries):
+            keypoints[i], visible[i] = self._keypoints(people[i], geometry, matrices[i])
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
         lessons, scales = self.lessons.read([self._record(p.place) for p in people]) if self.lessons else (None, None)
         return Batch(
@@ -179,9 +184,9 @@ class PoseStream(IterableDataset[Batch]):
             keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else nothing
             yield Person(place, people["box"][i], keypoints, rows[i], images[i])
 
-    def _decode(self, person: Person) -> np.ndarray:
-        """The pixels of a person's image."""
-        pixels = decode_image(person.image.data)
+    def _decode(self, person: Person, *, rows: int) -> np.ndarray:
+        """The pixels of a person's image, of at least so many rows."""
+        pixels = decode_image(person.image.data, rows=rows)
         if pixels is None:
             shards = self.sources[person.place.source].shards
             raise DataError(
@@ -230,22 +235,21 @@ class PoseStream(IterableDataset[Batch]):
         position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
         return self.lessons.layout.record(place.source, position, self._view(place))
 
-    def _crop(
-        self, pixels: np.ndarray, person: Person, geometry: Geometry, *, into: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One warp, mirroring folded in; the keypoints through the same matrix, left and right exchanged with it."""
-        height, width = self.input_size
-        image_width, center = pixels.shape[1], geometry.center
-        points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
+    def _matrix(self, person: Person, geometry: Geometry) -> Matrix:
+        """The one map from a person's image to the crop, mirroring folded in."""
+        center, width = geometry.center, person.image.width
         if geometry.flip:
-            center = np.array([image_width - 1 - center[0], center[1]])
-            points, visible = points[self.exchange], visible[self.exchange]
+            center = np.array([width - 1 - center[0], center[1]])
         matrix = crop_matrix(
             center, float(geometry.size[0]), self.input_size, rotation=geometry.rotation, unbiased=self.unbiased
         )
+        return mirror_matrix(matrix, width) if geometry.flip else matrix
+
+    def _keypoints(self, person: Person, geometry: Geometry, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
+        """A person's keypoints in the crop, left and right exchanged where it is mirrored, and which are visible."""
+        points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
         if geometry.flip:
-            matrix = mirror_matrix(matrix, image_width)
-        cv2.warpAffine(pixels, matrix, (width, height), dst=into, flags=cv2.INTER_LINEAR)
+            points, visible = points[self.exchange], visible[self.exchange]
         return transform_points(matrix, points), visible
 
 
