@@ -324,7 +324,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    from fpd_accel.data.detections import is_finite
+    from fpd_accel.data.numbers import is_finite
 
     try:
         boxes = json.loads(path.read_bytes())

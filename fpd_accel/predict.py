@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from fpd_accel.data.images import decode_image
+from fpd_accel.data.numbers import LARGEST
 from fpd_accel.decode import decode, fuse
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import box_to_region, crop_matrix
@@ -53,7 +54,7 @@ class Predictor:
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
         if not len(boxes):
             return Poses(np.zeros((0, skeleton.num_keypoints, 2)), np.zeros((0, skeleton.num_keypoints)))
-        if not np.isfinite(boxes).all() or (boxes[:, 2:] <= 0).any():
+        if not (np.abs(boxes) <= LARGEST).all() or (boxes[:, 2:] <= 0).any():
             raise DataError(f"boxes are (x, y, width, height) with positive width and height, not {boxes.tolist()}")
         centers, sizes = box_to_region(boxes, self.config.input_size, padding=self.config.box_padding)
         matrices = [

@@ -9,20 +9,16 @@ import json
 import math
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import metadata
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
 
+from fpd_accel.cache_key import cache_key
 from fpd_accel.config import Recipe, TeacherCache
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.lessons import DESCRIPTION, Layout, Lessons, differing, nearest_cache, pack, read_description
@@ -39,23 +35,11 @@ from fpd_accel.models import PoseModel
 from fpd_accel.outputs import STRIDE
 from fpd_accel.processes import on_every_rank, on_first_rank
 from fpd_accel.report import describe_teacher_share
+from fpd_accel.shared_folder import SharedFolder
 from fpd_accel.teacher import Teacher
 
-FORMAT = 1
 PART_BYTES = 64 * 2**20  # about: what is lost of a build that is killed, on each rank
-PATIENCE = 10.0  # seconds that a lock is waited for, before all ranks meet again
-LATENCY = 60.0  # seconds until a shared file system shows one machine what another one wrote
 LINE_SECONDS = 60.0  # between lines of progress
-CODE = (  # of this package, whose text decides on crops and outputs, as models/ does
-    "augment.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/shards.py", "data/stream.py",
-    "data/views.py", "fold.py", "fp8.py", "geometry.py", "outputs.py", "skeleton.py", "teacher.py",
-)  # fmt: skip
-PACKAGES = (
-    "torch",
-    "numpy",
-    "opencv-python-headless",
-    "simplejpeg",
-)  # that crops, draws and outputs hang on
 
 
 @dataclass(frozen=True)
@@ -82,10 +66,10 @@ class CacheBuilder:
         """
         lessons, missing = on_first_rank(self.accelerator, self._find)
         if missing:
-            with self._locked():
+            with self._shared.one_job(meanwhile=self._heed_stop):
                 lessons, missing = on_first_rank(self.accelerator, partial(self._begin, student, samples))
                 if missing:
-                    self._require_shared_folder()
+                    self._shared.require_shared()  # before the teacher is asked
                     self._build(lessons, missing)
         opened = on_every_rank(
             self.accelerator, partial(self._open_whole, lessons.layout), same=lambda found: found.layout
@@ -97,36 +81,20 @@ class CacheBuilder:
     def sources(self) -> tuple[Shards, ...]:
         return self.train.datasets if self.unlabelled is None else (*self.train.datasets, self.unlabelled)
 
-    @property
+    @cached_property
     def key(self) -> dict[str, Any]:
         """Everything that decides what is in the cache."""
-        recipe = self.recipe
-        return {
-            "format": FORMAT,
-            "teacher_sha256": self.digest,
-            "precision": recipe.train.precision,
-            "fp8": recipe.teacher.fp8,
-            "teacher_stage": recipe.distill.teacher_stage,
-            "dtype": self.options.dtype,
-            "people_sha256": [shards.fingerprint for shards in self.sources],
-            "usable_sha256": [
-                hashlib.sha256(shards.usable.astype(np.int64).tobytes()).hexdigest() for shards in self.sources
-            ],
-            "unlabelled": self.unlabelled is not None,  # the last of them
-            "seed": recipe.run.seed,
-            "augment": recipe.data.augment.model_dump(mode="json"),
-            "box_padding": recipe.data.box_padding,
-            "input_size": list(recipe.data.input_size),
-            "unbiased": recipe.codec.name == "udp",
-            "versions": {name: metadata.version(name) for name in PACKAGES},
-            "code_sha256": code_digest(),
-        }
+        return cache_key(self.recipe, self.options, self.digest, self.sources, unlabelled=self.unlabelled is not None)
 
     @property
     def folder(self) -> Path:
         """Of the cache: a name of its own for each key."""
         root = Path(self.options.folder or Path(self.recipe.run.root) / "teacher_cache")
         return root / hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def _shared(self) -> SharedFolder:
+        return SharedFolder(self.folder, "teacher.cache.folder", self.accelerator, self.guard.watchdog.alive)
 
     def _find(self) -> tuple[Lessons, list[int]]:
         """The cache as far as it exists, and the parts that are missing."""
@@ -161,33 +129,6 @@ class CacheBuilder:
         unit = math.lcm(self.batch_size, views) // views  # people whose views fill whole batches
         units = max(1, round(PART_BYTES / (unit * views * layout.record_bytes)))
         return layout.model_copy(update={"part_people": unit * units})
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One job builds, on all of its ranks; whoever comes later waits for it, and finds what it built."""
-        path, waited = self.folder.with_suffix(".lock"), False
-        lock = FileLock(path)
-
-        def acquire() -> bool:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=PATIENCE if waited else 0)
-            except Timeout:
-                return False
-            except OSError as error:
-                raise DataError(f"teacher.cache.folder: {self.folder}: cannot be made: {error.strerror}") from None
-            return True
-
-        try:
-            while not on_first_rank(self.accelerator, acquire):  # in short turns: collective operations have a limit
-                if not waited:
-                    say(f"teacher cache: another job is building {self.folder}; waiting for it")
-                waited = True
-                self.guard.watchdog.alive(f"waiting for another job that builds {self.folder}")
-                self._heed_stop()
-            yield
-        finally:
-            lock.release()
 
     def _begin(self, student: ModelConfig, samples: int) -> tuple[Lessons, list[int]]:
         """What is still missing, now that nobody else builds; say what it costs and gains, and that there is room."""
@@ -294,49 +235,14 @@ class CacheBuilder:
 
     def _open_whole(self, layout: Layout) -> Lessons:
         """On each rank: the parts that other machines wrote have to be there too."""
-        lessons, deadline = Lessons(self.folder, layout), time.monotonic() + LATENCY
-        while missing := lessons.missing():
-            self.guard.watchdog.alive(f"waiting for {self.folder}")
-            if time.monotonic() > deadline:
-                raise DataError(
-                    f"{self.folder}: {len(missing)} of {layout.parts} parts are not here; set teacher.cache.folder to "
-                    "a disk that all machines share"
-                )
-            time.sleep(1.0)
+        lessons = Lessons(self.folder, layout)
+
+        def lacking() -> str:
+            missing = len(lessons.missing())
+            return f"{missing} of {layout.parts} parts are not here" if missing else ""
+
+        self._shared.wait_for(lacking)
         return lessons
-
-    def _require_shared_folder(self) -> None:
-        """Before the teacher is asked: all machines see what the first writes.
-
-        Raises:
-            DataError: one does not.
-        """
-        if self.accelerator.num_processes == 1:
-            return
-
-        def write() -> Path:
-            path = self.folder / f".seen_by_all.{uuid.uuid4().hex[:8]}"
-            replace_file(path, "")
-            return path
-
-        def wait() -> Path:
-            deadline = time.monotonic() + LATENCY
-            while not path.exists():
-                if time.monotonic() > deadline:
-                    raise DataError(
-                        f"{self.folder}: is not the same folder here as on the first machine; set teacher.cache.folder "
-                        "to a disk that all machines share"
-                    )
-                self.guard.watchdog.alive(f"waiting for {path}")
-                time.sleep(0.1)
-            return path
-
-        path = on_first_rank(self.accelerator, write)
-        try:
-            on_every_rank(self.accelerator, wait, same=str)
-        finally:
-            if self.accelerator.is_main_process:
-                path.unlink(missing_ok=True)
 
     def _heed_stop(self) -> None:
         """On all ranks: end, if one of them was asked to.
@@ -350,16 +256,6 @@ class CacheBuilder:
                 f"{self.folder}: asked to stop ({self.guard.stop.name or 'on another rank'}) while the teacher's cache "
                 "was built; what is finished of it is kept; the same command goes on from there"
             )
-
-
-@cache
-def code_digest() -> str:
-    """SHA-256 of what in this package decides on crops and outputs: whoever changes it asks the teacher anew."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in (*(package / name for name in CODE), *sorted((package / "models").glob("*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _smaller(layout: Layout) -> str:

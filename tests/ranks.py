@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from fpd_accel import evaluation, teacher_cache, trainer
+from fpd_accel import evaluation, shared_folder, teacher_cache, trainer
 from fpd_accel.config import Evaluate, load_recipe
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.shards import Shards
@@ -65,7 +65,7 @@ def train_in_small_parts(recipe: str, overrides: list[str]) -> None:
 
 def train_on_machines_apart(recipe: str, folder: str) -> None:
     """Each rank has a disk of its own, as far as relative paths go."""
-    teacher_cache.LATENCY = 1.0
+    shared_folder.LATENCY = 1.0
     Path(f"{folder}_{RANK}").mkdir()
     os.chdir(f"{folder}_{RANK}")
     try:

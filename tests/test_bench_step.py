@@ -194,7 +194,7 @@ def test_named_ranges_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_says_something_else_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fpd_accel.bench.step.pack", lambda heatmaps, dtype: pack(2 * heatmaps, dtype))
+    monkeypatch.setattr("fpd_accel.bench.contestants.pack", lambda heatmaps, dtype: pack(2 * heatmaps, dtype))
     assert cli.main([*TINY, "--batch", "2", "--variants", "d", "--precision", "fp32"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "variant d, ours differs from the published step" in said

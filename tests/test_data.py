@@ -348,6 +348,8 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "a box of three numbers": (set_entry("annotations", 1, bbox=[1, 2, 3]), "'bbox' holds 3 numbers, not 4"),
     "a box that is no number": (set_entry("annotations", 1, bbox=[1, float("nan"), 3, 4]), "not a finite number"),
     "a box that is infinite": (set_entry("annotations", 1, bbox=[1, float("inf"), 3, 4]), "not a finite number"),
+    "a box beyond single precision": (set_entry("annotations", 1, bbox=[1, 2, 3, 1e39]), "not a finite number"),
+    "a keypoint of 400 digits": (set_entry("annotations", 1, keypoints=[10**400] * 51), "not a finite number"),
     "a keypoint that is no number": (
         set_entry("annotations", 1, keypoints=[float("nan")] * 51),
         "annotation 11: 'keypoints' holds something that is not a finite number",

@@ -385,6 +385,7 @@ def test_every_box_is_used_without_a_threshold(shards: Shards, tmp_path: Path) -
         ([detection(1, [1, 2, float("inf"), 4])], "four finite numbers"),
         ([detection(1, ["1", 2, 3, 4])], "four finite numbers"),
         ([detection(1, [1, 2, 3, 10**400])], "four finite numbers"),
+        ([detection(1, [1, 2, 3, 1e39])], "four finite numbers"),  # infinite in single precision
         ([detection(1, {"x": 1})], "four finite numbers"),
         ([detection(1, [1, 2, 3, 4], float("nan"))], "score is nan, not a finite number"),
         ([detection(1, [1, 2, 3, 4], "high")], "score is 'high'"),

@@ -11,7 +11,7 @@ import torch
 
 from fpd_accel.bench.crowd import PHOTOGRAPHS, draw_crowd
 from fpd_accel.config import Augment
-from fpd_accel.data import PoseStream, Shards
+from fpd_accel.data import PoseStream, Shards, images
 from fpd_accel.data import stream as stream_module
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.images import BELOW, decode_image, shorten_jpeg
@@ -162,6 +162,31 @@ def test_what_cannot_be_shortened_is_decoded_as_opencv_does_it(data: bytes) -> N
         np.testing.assert_array_equal(found, expected)
 
 
+def with_size(data: bytes, height: int, width: int) -> bytes:
+    at = data.index(b"\xff\xc0")
+    return data[: at + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 9 :]
+
+
+@pytest.mark.parametrize("size", [(50_000, 30_000), (65_535, 16), (65_500, 65_500)])
+def test_an_image_that_is_too_large_does_not_decode(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any, **__: Any) -> None:
+        raise AssertionError("gigabytes of it")
+
+    monkeypatch.setattr(images, "_decode_jpeg", decode)
+    for rows in (None, 20):
+        assert decode_image(with_size(PLAIN, *size), rows=rows) is None
+
+
+def test_a_scan_whose_header_is_damaged_does_not_decode() -> None:
+    """libjpeg-turbo warns of it, and then fails for another reason: it would leave memory as it was."""
+    damaged = bytearray(as_jpeg(photograph(101, 150)))
+    at = damaged.index(b"\xff\xda")
+    damaged[at + 6], damaged[at + 12] = 0x33, 0
+    assert by_opencv(bytes(damaged)) is None
+    assert decode_image(bytes(damaged)) is None
+    assert decode_image(bytes(damaged), rows=20) is None
+
+
 def test_of_a_damaged_jpeg_as_much_is_made_as_opencv_makes_of_it() -> None:
     damaged = bytearray(PLAIN)
     at = PLAIN.index(b"\xff\xda")
@@ -193,8 +218,14 @@ def test_crops_are_those_of_whole_images(photographs: Shards, monkeypatch: pytes
         asked.append(rows)
         return decode_image(data, rows=rows)
 
+    def decode_no_more(data: np.ndarray, *, rows: int) -> np.ndarray | None:
+        pixels = decode_image(data)
+        return None if pixels is None else np.ascontiguousarray(pixels[:rows])
+
     monkeypatch.setattr(stream_module, "decode_image", decode)
     alone = stream.batch(samples).crops
+    monkeypatch.setattr(stream_module, "decode_image", decode_no_more)
+    assert torch.equal(stream.batch(samples).crops, alone)  # the rows that are asked for suffice
     monkeypatch.setattr(stream_module, "decode_image", lambda data, rows: decode_image(data))  # noqa: ARG005
     assert torch.equal(stream.batch(samples).crops, alone)
     assert torch.equal(crops, alone)  # images that several share are decoded as far down as the lowest needs
@@ -206,11 +237,22 @@ def test_crops_of_photographs_are_those_of_whole_ones(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shared / "data" / "coco_sample"
+    left_out = 0
+
+    def decode_whole(data: np.ndarray, *, rows: int) -> np.ndarray | None:
+        nonlocal left_out
+        pixels, fewer = decode_image(data), decode_image(data, rows=rows)
+        assert pixels is not None
+        assert fewer is not None
+        left_out += len(pixels) - len(fewer)
+        return pixels
+
     shards = prepare_coco(folder / "images", folder / "person_keypoints.json", tmp_path / "shards")
     for augment, passes in ((None, 1), (Augment(), 2)):
         stream = PoseStream(shards, input_size=(256, 192), batch_size=4, augment=augment)
         batches = [stream.batch(range(first, first + 4)) for first in range(0, passes * len(shards), 4)]
         with monkeypatch.context() as patch:
-            patch.setattr(stream_module, "decode_image", lambda data, rows: decode_image(data))  # noqa: ARG005
+            patch.setattr(stream_module, "decode_image", decode_whole)
             for first, batch in zip(range(0, passes * len(shards), 4), batches, strict=True):
                 assert torch.equal(stream.batch(range(first, first + 4)).crops, batch.crops)
+    assert left_out > 10_000  # rows

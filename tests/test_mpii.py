@@ -315,6 +315,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "no centre": (lambda s: s.people[0].pop("center"), "'center' should hold 2 numbers, not None"),
     "scale as a pair": (lambda s: s.people[0].update(scale=[1, 1]), "'scale' should hold one number"),
     "an infinite scale": (lambda s: s.people[0].update(scale=math.inf), "not a finite number"),
+    "a scale beyond single precision": (lambda s: s.people[0].update(scale=1e39), "not a finite number"),
     "nobody": (lambda s: s.people.clear(), "no image of"),
     "images that are elsewhere": (lambda s: [path.unlink() for path in s.images.iterdir()], "looked first for"),
     "nobody labelled": (

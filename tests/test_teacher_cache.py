@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpd_accel import teacher_cache
+from fpd_accel import cache_key, teacher_cache
 from fpd_accel.augment import view_in_epoch
 from fpd_accel.checkpoint import checkpoints
 from fpd_accel.config import Augment, load_recipe
@@ -275,7 +275,7 @@ def test_other_code_or_other_people_who_can_be_used_make_another_cache(
     train(tmp_path / "one.yaml", "run.name=two")
     assert "was built with other usable_sha256\n" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(teacher_cache, "code_digest", lambda: "another")
+    monkeypatch.setattr(cache_key, "code_digest", lambda: "another")
     train(tmp_path / "one.yaml", "run.name=three")
     assert "was built with other code_sha256\n" in capsys.readouterr().err
     assert len(folders(tmp_path)) == 3
@@ -283,16 +283,16 @@ def test_other_code_or_other_people_who_can_be_used_make_another_cache(
 
 def test_code_that_decides_on_crops_and_outputs_is_all_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "fpd_accel"
-    shutil.copytree(Path(teacher_cache.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(teacher_cache, "__file__", str(package / "teacher_cache.py"))
-    before = teacher_cache.code_digest.__wrapped__()
+    shutil.copytree(Path(cache_key.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache_key, "__file__", str(package / "cache_key.py"))
+    before = cache_key.code_digest.__wrapped__()
     for name in ("geometry.py", "models/tiny.py"):
         (package / name).write_text((package / name).read_text() + "\n")
-        after = teacher_cache.code_digest.__wrapped__()
+        after = cache_key.code_digest.__wrapped__()
         assert after != before, name
         before = after
     (package / "trainer.py").write_text("")
-    assert teacher_cache.code_digest.__wrapped__() == before
+    assert cache_key.code_digest.__wrapped__() == before
 
 
 def test_the_runs_own_watchdog_hears_of_every_batch_that_a_build_asks_about(

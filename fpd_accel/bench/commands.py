@@ -11,7 +11,7 @@ from fpd_accel.bench.scale_options import PROCESS_ROUNDS, Scale
 from fpd_accel.errors import DataError
 from fpd_accel.files import prepare_file, write_whole
 
-VARIANTS = ("a", "a1", "b", "c", "d")  # of a step; see step.py
+VARIANTS = ("a", "a1", "b", "c", "d")  # of a step; see contestants.py
 
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
@@ -156,7 +156,8 @@ def _at_least_one(numbers: dict[str, int]) -> None:
 
 def _step(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, else, prints that it starts and stops
-    from fpd_accel.bench.step import StepBench, bench_step
+    from fpd_accel.bench.contestants import StepBench
+    from fpd_accel.bench.step import bench_step
     from fpd_accel.bench.step_report import draw_step, show_step
     from fpd_accel.visualize import save_picture
 

@@ -18,6 +18,7 @@ activations change 1e-5 to 1e-2, because units close to zero change sides in ReL
                differs by, in channels-last order for float32, where that is more. It finds whatever is other arithmetic
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,8 +29,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fpd_accel.bench.contestants import DTYPES, Contestant, Ground, create_contestant
 from fpd_accel.bench.our_step import OurStep
-from fpd_accel.bench.reference_step import FloatBatch, HostLoop
+from fpd_accel.bench.reference_step import FloatBatch, HostLoop, PlainStep, PublishedStep
+from fpd_accel.bench.step_inputs import host_made, make_batch
+from fpd_accel.config import Train
 from fpd_accel.data.batch import Batch
 from fpd_accel.errors import TrainingError
 
@@ -37,6 +41,7 @@ EXACT = 1e-5
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 SLACK = 4.0
 FLOOR = 0.01
+EXACT_PEOPLE = 2  # of the comparison in float64
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,42 @@ class InDouble(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Any:
         return self.network(images.double())
+
+
+def check_exactly(ground: Ground) -> dict[str, Any]:
+    """Ours against the published step in float64."""
+    device, codec = ground.accelerator.device, ground.codec
+    batch = make_batch(EXACT_PEOPLE, ground.bench.input_size, seed=ground.bench.seed)
+    student, teacher = (copy.deepcopy(network).double() for network in ground.networks)
+    published = PublishedStep(student, teacher, device, teacher_gradients=True)
+    theirs = outcome_of(published, host_made(batch, codec).to(torch.float64))
+    student, teacher = (InDouble(copy.deepcopy(network)) for network in ground.networks)
+    mine = OurStep(student, teacher, ground.accelerator, codec=codec, train=Train(global_batch=EXACT_PEOPLE))
+    gate = compare_exactly(our_outcome(mine, batch), theirs)
+    ground.accelerator.free_memory()
+    require_agreement(gate, "in float64")
+    return gate
+
+
+def check_as_timed(
+    name: str, other: str, ground: Ground, contestants: dict[str, Contestant], ours: Batch, theirs: FloatBatch
+) -> dict[str, Any]:
+    """One of ours as it is timed against the published step a or a1, which is made where it is not measured."""
+    mine, published = contestants[name], contestants.get(other) or create_contestant(other, ground, len(ours))
+    student, teacher = (copy.deepcopy(network) for network in ground.networks)
+    if ground.precision == "fp32":  # another order of sums: else there would be no difference to measure
+        student, teacher = (network.to(memory_format=torch.channels_last) for network in (student, teacher))
+    plain = PlainStep(student, teacher, ground.accelerator.device, precision=DTYPES[ground.precision])
+    assert isinstance(mine, OurStep)
+    assert isinstance(published, PublishedStep)
+    gate = compare_as_timed(
+        our_outcome(mine, ours),
+        outcome_of(published, theirs),
+        outcome_of(plain, theirs),
+        "bf16" if name == "d" else ground.precision,  # the cache is bf16, whatever the step
+    )
+    require_agreement(gate, f"at batch {len(ours)} in {ground.precision}, variant {name},")
+    return gate
 
 
 def outcome_of(step: HostLoop, batch: FloatBatch) -> Outcome:

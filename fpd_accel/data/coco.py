@@ -8,7 +8,6 @@ finite, an image folder in which nothing is found. What datasets in the wild con
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fpd_accel.data.images import read_image
+from fpd_accel.data.numbers import is_finite
 from fpd_accel.data.shards import Shards, ShardWriter
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import clip_box
@@ -184,11 +184,11 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
                 f"{name}: {field!r} holds {found} numbers, not {length}; skeleton {skeleton.name!r} has "
                 f"{skeleton.num_keypoints} keypoints of 3"
             )
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        if not all(map(is_finite, values)):
             raise DataError(f"{name}: {field!r} holds something that is not a finite number")
     for field in ("area", "score"):
         value = annotation.get(field, 0)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_finite(value):
             raise DataError(f"{name}: {field!r} is {value!r}, not a finite number")
     if not isinstance(annotation.get("id"), int):
         raise DataError(f"{name}: has no integer 'id'")

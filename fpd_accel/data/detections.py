@@ -7,7 +7,6 @@ boxes is skipped and counted (see ``SKIPPED``), the way the published loader pas
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
+from fpd_accel.data.numbers import is_finite
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side
@@ -75,14 +75,6 @@ def _problem(entry: Any) -> str | None:
     if not isinstance(entry.get("file_name", ""), str):
         return f"file_name is {entry['file_name']!r}, not a name"
     return None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of a JSON file is a number that floating point can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
 
 
 class People:

@@ -14,9 +14,11 @@ import cv2
 import numpy as np
 import simplejpeg
 
+LARGEST = 2**30  # pixels of an image, from which on OpenCV refuses it
 BELOW = 16  # rows decoded beside those that are needed: colours are interpolated between rows
 START, END = b"\xff\xd8", b"\xff\xd9"  # of an image
 FILL, SCAN = b"\xff", b"\xff\xda"  # what each marker begins with; that of the data
+ALL_AT_ONCE = b"\x00\x3f\x00"  # at the end of a scan's header: all coefficients, in all bits
 SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose rows come one after the other: not so progressive ones
 
 
@@ -48,13 +50,22 @@ def decode_image(data: np.ndarray | bytes, *, rows: int | None = None) -> np.nda
     if isinstance(data, np.ndarray) and data.ndim == 3:
         return data
     if bytes(data[:2]) == START:
-        shortened = None if rows is None else shorten_jpeg(data, rows + BELOW)
         with suppress(ValueError):  # damaged, or of a kind it does not read: OpenCV makes of it what it can
-            if shortened is None:
-                return simplejpeg.decode_jpeg(data, "RGB")
-            return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)  # it would complain of the data left over
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width <= LARGEST:
+                return _decode_jpeg(data, rows)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    with suppress(cv2.error):  # too large
+        return cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+    return None
+
+
+def _decode_jpeg(data: np.ndarray | bytes, rows: int | None) -> np.ndarray:
+    """Raises ValueError where libjpeg-turbo finds fault with it."""
+    shortened = None if rows is None else shorten_jpeg(data, rows + BELOW)
+    if shortened is None:
+        return simplejpeg.decode_jpeg(data, "RGB")
+    return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)  # it would find fault with the data left over
 
 
 def shorten_jpeg(data: np.ndarray | bytes, rows: int) -> bytearray | None:
@@ -69,8 +80,9 @@ def shorten_jpeg(data: np.ndarray | bytes, rows: int) -> bytearray | None:
         if marker in SEQUENTIAL:
             frame = at
         at += 1 if marker == 2 * FILL else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    height, components, scanned = slice(frame + 5, frame + 7), slice(frame + 9, frame + 10), slice(at + 4, at + 5)
-    in_one_scan = marker == SCAN and frame and jpeg[components] == jpeg[scanned]
+    scan = jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
+    height, components = slice(frame + 5, frame + 7), slice(frame + 9, frame + 10)
+    in_one_scan = frame and scan[:2] == SCAN and scan[4:5] == jpeg[components] and scan.endswith(ALL_AT_ONCE)
     if not in_one_scan or jpeg[-len(END) :] != END or int.from_bytes(jpeg[height], "big") <= rows:
         return None
     jpeg[height] = rows.to_bytes(2, "big")

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from fpd_accel.data.coco import read_annotations
+from fpd_accel.data.numbers import LARGEST, is_finite
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import MPII
 
@@ -82,7 +83,7 @@ def _numbers(name: str, entry: dict[str, Any], field: str, shape: tuple[int, ...
     if values.shape != shape:
         wanted = " x ".join(map(str, shape)) or "one"
         raise DataError(f"{name}: {field!r} should hold {wanted} numbers, not {entry.get(field)!r:.200}")
-    if not np.isfinite(values).all():
+    if not (np.abs(values) <= LARGEST).all():
         raise DataError(f"{name}: {field!r} holds something that is not a finite number: {entry.get(field)!r:.200}")
     return values
 
@@ -126,7 +127,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
     if not len(joints) == len(missing) == len(heads):
         raise DataError(f"{path}: {len(joints)}, {len(missing)} and {len(heads)} people in {', '.join(GROUND_TRUTH)}")
     labelled = missing == 0
-    if not np.isfinite(joints[labelled]).all():
+    if not (np.abs(joints[labelled]) <= LARGEST).all():
         raise DataError(f"{path}: 'pos_gt_src' holds labelled joints whose coordinates are not finite numbers")
     sizes = HEAD_FACTOR * np.linalg.norm(heads[:, 1] - heads[:, 0], axis=1)
     triples = [_triples(points, 2 * seen) for points, seen in zip(joints, labelled, strict=True)]
@@ -241,7 +242,7 @@ def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
         numbers = [float(struct[field]) for field in fields]
     except (KeyError, TypeError, ValueError):
         return None
-    return numbers if all(map(math.isfinite, numbers)) else None
+    return numbers if all(map(is_finite, numbers)) else None
 
 
 def _load_matlab(path: Path, *names: str, simplify_cells: bool = False) -> dict[str, Any]:
