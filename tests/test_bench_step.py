@@ -95,6 +95,20 @@ def test_bench_step_prints_tables_and_writes_the_same_as_json_and_as_a_picture(
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10  # bars of several colours
 
 
+def test_ceilings_are_the_best_of_what_was_seen_around_the_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = iter([1e12, 3e12, 2e12])
+    monkeypatch.setattr("fpd_accel.bench.step.matmul_ceiling", lambda *_: next(seen))
+    options = ["--batch", "2", "3", "--device", "cpu", "--precision", "fp32", "--variants", "c"]
+    assert cli.main([*TINY, *options, "--json", str(tmp_path / "step.json")]) == 0
+    report = json.loads((tmp_path / "step.json").read_bytes())
+    assert report["ceilings"]["matmul_tflops"] == 3
+    for one in report["batches"]:
+        rate = one["variants"]["c"]["images_per_second"]["median"]
+        assert one["roofline"]["reached"] == pytest.approx(rate / one["roofline"]["images_per_second"])
+
+
 @pytest.mark.gpu
 def test_bench_step_runs_on_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fpd_accel.bench.our_step import OurStep
 from fpd_accel.bench.reference_step import FloatBatch, HostLoop, PlainStep, PublishedStep
-from fpd_accel.bench.roofline import Ceilings
 from fpd_accel.bench.step_inputs import JOINTS, calm, host_made, make_batch
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config import Compile, Train
@@ -62,7 +61,6 @@ class Ground:
     networks: tuple[nn.Module, nn.Module]  # student and teacher, of which each variant has copies
     accelerator: Accelerator
     precision: Literal["fp32", "bf16"]
-    ceilings: Ceilings
     codec: HeatmapCodec
 
 
