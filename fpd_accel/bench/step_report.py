@@ -23,6 +23,10 @@ STAGE_COLORS = (
     (213, 94, 0),
 )  # fmt: skip
 INK, PAPER = (30, 30, 30), 255
+HOST_GAP = {
+    "cuda": "the device has nothing to do",
+    "cpu": "a step in turn with the others, less its stages in a row",
+}
 
 
 def show_step(report: dict[str, Any]) -> None:
@@ -110,6 +114,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
             f"batch {one['batch']}: {roofline['gflops_per_image']:.4g} GFLOP and {roofline['megabytes_per_image']:.4g} "
             f"MB per image, {100 * roofline['memory_bound_share']:.0f} % of the roofline's time bound by memory"
         )
+    if _staged(report):
+        lines.append(f"host gap: {HOST_GAP[settings['device']]}")
     if _staged(report) and settings["compile"] != "none":
         lines.append("stages are those of the step without the graphs of student and losses")
     lines += [
@@ -179,10 +185,8 @@ def _rates_panel(report: dict[str, Any]) -> Picture:
 
 def _stages_panel(report: dict[str, Any]) -> Picture:
     bars = [(one["batch"], one["stages"], _seconds(one)) for one in _staged(report)]
-    wide = BAR + 3 * GAP
-    canvas = _panel(
-        len(bars) * wide, "where the time of c goes, % of all stages", "host gap: the device has nothing to do"
-    )
+    wide, gap = BAR + 3 * GAP, HOST_GAP[report["settings"]["device"]]
+    canvas = _panel(len(bars) * wide, "where the time of c goes, % of all stages", f"host gap: {gap}")
     stages = list(bars[0][1])
     for number, (batch, seconds, whole) in enumerate(bars):
         left, total, below = MARGIN + number * wide + GAP, sum(seconds.values()), 0.0
