@@ -21,6 +21,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fpd_accel.errors import DataError, Preempted, TrainingError, UserError, agreed, local, said
+from fpd_accel.log import warn
 
 if TYPE_CHECKING:
     from torch.distributed import Work
@@ -78,11 +79,22 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set; accumulation follows from train.global_batch and "
             "train.device_batch, so unset it"
         )
+    if precision == "bf16" and not multiplies_bf16(accelerator.device):
+        warn("precision bf16: this hardware has no bfloat16 arithmetic and emulates it; fp32 is many times faster")
     if sharded and accelerator.distributed_type != DistributedType.FSDP:
         if accelerator.num_processes == 1:
             return accelerator  # nothing to shard
         _shard_all_the_same(accelerator, plugin)
     return accelerator
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has bfloat16 arithmetic. PyTorch emulates it where there is none, without a word."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return True
 
 
 def _check_launcher() -> None:

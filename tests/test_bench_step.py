@@ -37,7 +37,7 @@ from fpd_accel.config import Train
 from fpd_accel.data.lessons import pack
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.losses import heatmap_mse
-from fpd_accel.processes import create_accelerator
+from fpd_accel.processes import create_accelerator, multiplies_bf16
 
 TINY = ["bench", "step", "--student", "tiny_w8", "--teacher", "tiny_w16", "--input", "64", "64", "--rounds", "1"]
 CODEC = HeatmapCodec(input_size=(64, 64), heatmap_size=(16, 16))
@@ -411,7 +411,7 @@ def test_memory_is_the_weights_and_what_the_step_took_for_a_moment() -> None:
 def test_precision_is_reduced_where_the_hardware_has_it() -> None:
     assert choose_precision("bf16", CPU) == ("bf16", "as asked for")
     precision, reason = choose_precision("auto", CPU)
-    assert (precision == "bf16") == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (precision == "bf16") == multiplies_bf16(CPU)
     assert "processor" in reason
 
 

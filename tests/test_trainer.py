@@ -10,7 +10,7 @@ import pytest
 import torch
 from jobs import DISTILL, start_ranks
 
-from fpd_accel import trainer
+from fpd_accel import processes, trainer
 from fpd_accel.checkpoint import checkpoints
 from fpd_accel.config import Distill, Optim, load_recipe
 from fpd_accel.errors import ConfigError, TrainingError
@@ -186,6 +186,19 @@ def test_bf16_trains_with_losses_in_fp32(tiny_recipe: Callable[..., Path], tmp_p
     train(tiny_recipe(train={"precision": "bf16", "steps": 2}))
     assert all(np.isfinite(record["train_loss"]) for record in records(tmp_path / "tiny", "train"))
     assert all(tensor.dtype == torch.float32 for tensor in _weights_of(tmp_path / "tiny" / "final"))
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_bf16_that_would_be_emulated_is_warned_of(
+    tiny_recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    multiplied: bool,
+) -> None:
+    monkeypatch.setattr(processes, "multiplies_bf16", lambda _: multiplied)
+    train(tiny_recipe(train={"precision": "bf16", "steps": 1}))
+    warned = "precision bf16: this hardware has no bfloat16 arithmetic" in capsys.readouterr().err
+    assert warned != multiplied
 
 
 def test_moving_average_is_evaluated_with_its_own_weights(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:

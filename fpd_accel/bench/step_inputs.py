@@ -11,6 +11,7 @@ from fpd_accel.bench.reference_step import FloatBatch
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.errors import TrainingError
+from fpd_accel.processes import multiplies_bf16
 
 JOINTS = 17
 RESIDUAL_SCALE = 0.05
@@ -29,12 +30,10 @@ def choose_precision(
     """A precision, and why."""
     if name != "auto":
         return name, "as asked for"
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "the GPU multiplies it") if fast else ("fp32", "the GPU has no bf16")
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bf16", "the processor multiplies it"
-    return "fp32", f"the processor ({torch.backends.cpu.get_cpu_capability()}) has no bf16 and would emulate it"
+    what = "GPU" if device.type == "cuda" else f"processor ({torch.backends.cpu.get_cpu_capability()})"
+    if multiplies_bf16(device):
+        return "bf16", f"the {what} multiplies it"
+    return "fp32", f"the {what} has no bf16 and would emulate it"
 
 
 def calm(network: nn.Module) -> nn.Module:
