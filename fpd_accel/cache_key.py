@@ -1,4 +1,4 @@
-"""What a cache of a teacher's outputs is named after: everything that decides what is in it."""
+"""What a cache of a teacher's outputs is named after: everything that decides what is in it, but for rounding."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ CODE = (  # of this package, whose text decides on crops and outputs, as models/
     "augment.py", "data/batch.py", "data/images.py", "data/lessons.py", "data/shards.py", "data/stream.py",
     "data/views.py", "fold.py", "fp8.py", "geometry.py", "outputs.py", "skeleton.py", "teacher.py",
 )  # fmt: skip
-# That crops, draws and outputs hang on.
+# Libraries whose versions decide on crops, draws and outputs.
 PACKAGES = ("torch", "numpy", "opencv-python-headless", "simplejpeg")
 
 

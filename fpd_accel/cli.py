@@ -324,7 +324,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    from fpd_accel.data.numbers import is_finite
+    from fpd_accel.data.numbers import is_usable
 
     try:
         boxes = json.loads(path.read_bytes())
@@ -333,7 +333,7 @@ def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
     if isinstance(boxes, list):
         return _detected_boxes(path)
     if not isinstance(boxes, dict) or any(
-        not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box))
+        not isinstance(box, list) or len(box) != 4 or not all(map(is_usable, box))
         for entry in boxes.values()
         for box in (entry if isinstance(entry, list) else [None])
     ):

@@ -1,6 +1,7 @@
 """One run on several processes: who is there, who decides, and how all of them act in the same step."""
 
 import os
+import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ Result = TypeVar("Result")
 Parallel = Literal["auto", "ddp", "fsdp2"]
 PATIENCE = 5  # times the timeout, that collective operations wait: the watchdog speaks first, and more clearly
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun, Open MPI, MPICH
+X86 = ("x86_64", "AMD64")  # as Linux and macOS, and as Windows call it
 SIGNS_OF_SILENCE = ("onnection ", "Timed out waiting", "Application timeout")  # gloo's words for a process it lost
 
 
@@ -92,9 +94,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has bfloat16 arithmetic. PyTorch emulates it where there is none, without a word."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return True
+    if device.type != "cpu":
+        return True
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    # oneDNN says so too of processors with AVX-512 and without bfloat16, on which it emulates it.
+    has_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return platform.machine() not in X86 or has_it
 
 
 def _check_launcher() -> None:

@@ -39,6 +39,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "opencv-python-headless",
+    "simplejpeg",
 )
 
 LOCK_NAME = ".lock"

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,8 @@ class SharedFolder:
             on_every_rank(self.accelerator, look, same=str)
         finally:
             if self.accelerator.is_main_process:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # an empty file that stays harms nobody; the others would wait for this rank
+                    path.unlink()
 
     def wait_for(self, lacking: Callable[[], str]) -> None:
         """Until this machine sees what was written on another one; ``lacking`` says what it does not, empty: nothing.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpd_accel import cli, create_model, distill
+from fpd_accel import cli, create_model, distill, processes
 from fpd_accel.bench import step_gate, step_probe
 from fpd_accel.bench.our_step import STAGES, OurStep
 from fpd_accel.bench.reference_step import PlainStep, PublishedStep, host_accuracy, per_joint_mse
@@ -37,7 +37,7 @@ from fpd_accel.config import Train
 from fpd_accel.data.lessons import pack
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.losses import heatmap_mse
-from fpd_accel.processes import create_accelerator, multiplies_bf16
+from fpd_accel.processes import create_accelerator
 
 TINY = ["bench", "step", "--student", "tiny_w8", "--teacher", "tiny_w16", "--input", "64", "64", "--rounds", "1"]
 CODEC = HeatmapCodec(input_size=(64, 64), heatmap_size=(16, 16))
@@ -411,8 +411,29 @@ def test_memory_is_the_weights_and_what_the_step_took_for_a_moment() -> None:
 def test_precision_is_reduced_where_the_hardware_has_it() -> None:
     assert choose_precision("bf16", CPU) == ("bf16", "as asked for")
     precision, reason = choose_precision("auto", CPU)
-    assert (precision == "bf16") == multiplies_bf16(CPU)
+    assert (precision == "bf16") == processes.multiplies_bf16(CPU)
     assert "processor" in reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "of_onednn", "of_processor", "expected"),
+    [
+        ("x86_64", True, True, True),
+        ("x86_64", True, False, False),  # AVX-512 without bfloat16, which oneDNN emulates
+        ("x86_64", False, True, False),
+        ("aarch64", True, False, True),
+        ("aarch64", False, False, False),
+    ],
+)
+def test_bf16_is_what_library_and_processor_have(
+    machine: str, of_onednn: bool, of_processor: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: of_onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: of_processor)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert processes.multiplies_bf16(CPU) is expected
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from fpd_accel.teacher import Teacher
 VARIANTS = {
     "a": "published: fp32, teacher with gradients, loss joint by joint, three .item(), accuracy on the host",
     "a1": "the same, teacher without gradients",
-    "b": "eager autocast, teacher without gradients, loss at once, .item()",
+    "b": "eager (autocast in bf16), teacher without gradients, loss at once, .item()",
     "c": "ours",
     "d": "ours, what the teacher says in memory, as its cache keeps it (teacher.cache, bf16)",
 }
@@ -46,7 +46,7 @@ class StepBench:
     rounds: int = 5
     steps: int | None = None  # of a round; None: what suits the device
     device: str = "auto"
-    # Of b, c and d: fp32, bf16, or bf16 where the hardware multiplies it.
+    # Of b, c and d; auto: bf16 where the hardware multiplies it.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     variants: tuple[str, ...] = tuple(VARIANTS)
     compile: Compile = "none"  # of ours

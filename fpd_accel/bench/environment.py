@@ -1,11 +1,12 @@
 """Where a measurement was made: numbers without it cannot be compared."""
 
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fpd_accel.log import available_cores
 from fpd_accel.run_directory import PACKAGES
@@ -23,15 +24,16 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _processor(),
         "cores": available_cores(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load": round(os.getloadavg()[0], 2),  # of the last minute, by whomever: other work makes rates lower
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "load": round(psutil.getloadavg()[0], 2),  # of the last minute, by whomever: other work makes rates lower
     }
 
 
 def describe(found: dict[str, Any]) -> str:
     """An environment in one line."""
     versions = found["versions"]
-    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "datasets", "pyarrow", "numpy"))
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "datasets", "numpy"))
+    libraries += f", OpenCV {versions['opencv-python-headless']}, simplejpeg {versions['simplejpeg']}"
     commit = f"commit {found['commit'][:9] + '+' * found['commit'].endswith('+')}" if found["commit"] else "no commit"
     return (
         f"{found['cpu']}, {found['cores']} cores, {found['memory_gb']:.0f} GB, load {found['load']:.2f}; "

@@ -25,7 +25,7 @@ STAGE_COLORS = (
 INK, PAPER = (30, 30, 30), 255
 HOST_GAP = {
     "cuda": "the device has nothing to do",
-    "cpu": "a step in turn with the others, less its stages in a row",
+    "cpu": "a step timed among the other variants, minus its stages",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fpd_accel.data.images import read_image
-from fpd_accel.data.numbers import is_finite
+from fpd_accel.data.numbers import is_usable
 from fpd_accel.data.shards import Shards, ShardWriter
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import clip_box
@@ -184,12 +184,12 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
                 f"{name}: {field!r} holds {found} numbers, not {length}; skeleton {skeleton.name!r} has "
                 f"{skeleton.num_keypoints} keypoints of 3"
             )
-        if not all(map(is_finite, values)):
-            raise DataError(f"{name}: {field!r} holds something that is not a finite number")
+        if not all(map(is_usable, values)):
+            raise DataError(f"{name}: {field!r} holds something that is not a finite number of at most 1e30")
     for field in ("area", "score"):
         value = annotation.get(field, 0)
-        if not is_finite(value):
-            raise DataError(f"{name}: {field!r} is {value!r}, not a finite number")
+        if not is_usable(value):
+            raise DataError(f"{name}: {field!r} is {value!r}, not a finite number of at most 1e30")
     if not isinstance(annotation.get("id"), int):
         raise DataError(f"{name}: has no integer 'id'")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fpd_accel.data.numbers import is_finite
+from fpd_accel.data.numbers import is_usable
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Side
@@ -68,9 +68,9 @@ def _problem(entry: Any) -> str | None:
     for name in ("image_id", "category_id"):
         if not isinstance(entry[name], int) or isinstance(entry[name], bool):
             return f"{name} is {entry[name]!r}, not an integer"
-    if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4 or not all(map(is_finite, entry["bbox"])):
-        return f"bbox is {entry['bbox']!r}, not four finite numbers (x, y, width, height)"
-    if not is_finite(entry["score"]):
+    if not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4 or not all(map(is_usable, entry["bbox"])):
+        return f"bbox is {entry['bbox']!r}, not four finite numbers of at most 1e30 (x, y, width, height)"
+    if not is_usable(entry["score"]):
         return f"score is {entry['score']!r}, not a finite number"
     if not isinstance(entry.get("file_name", ""), str):
         return f"file_name is {entry['file_name']!r}, not a name"

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-LARGEST = 2**30  # pixels of an image, from which on OpenCV refuses it
+LARGEST = 2**30  # pixels of an image; OpenCV refuses larger ones
 BELOW = 16  # rows decoded beside those that are needed: colours are interpolated between rows
 START, END = b"\xff\xd8", b"\xff\xd9"  # of an image
 FILL, SCAN = b"\xff", b"\xff\xda"  # what each marker begins with; that of the data
@@ -65,7 +65,8 @@ def _decode_jpeg(data: np.ndarray | bytes, rows: int | None) -> np.ndarray:
     shortened = None if rows is None else shorten_jpeg(data, rows + BELOW)
     if shortened is None:
         return simplejpeg.decode_jpeg(data, "RGB")
-    return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)  # it would find fault with the data left over
+    # Not strict: it would find fault with the data that are left over, and OpenCV would print a line about them.
+    return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)
 
 
 def shorten_jpeg(data: np.ndarray | bytes, rows: int) -> bytearray | None:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from fpd_accel.data.coco import read_annotations
-from fpd_accel.data.numbers import LARGEST, is_finite
+from fpd_accel.data.numbers import LARGEST, is_usable
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import MPII
 
@@ -84,7 +84,9 @@ def _numbers(name: str, entry: dict[str, Any], field: str, shape: tuple[int, ...
         wanted = " x ".join(map(str, shape)) or "one"
         raise DataError(f"{name}: {field!r} should hold {wanted} numbers, not {entry.get(field)!r:.200}")
     if not (np.abs(values) <= LARGEST).all():
-        raise DataError(f"{name}: {field!r} holds something that is not a finite number: {entry.get(field)!r:.200}")
+        raise DataError(
+            f"{name}: {field!r} holds something that is not a finite number of at most 1e30: {entry.get(field)!r:.200}"
+        )
     return values
 
 
@@ -242,7 +244,7 @@ def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
         numbers = [float(struct[field]) for field in fields]
     except (KeyError, TypeError, ValueError):
         return None
-    return numbers if all(map(is_finite, numbers)) else None
+    return numbers if all(map(is_usable, numbers)) else None
 
 
 def _load_matlab(path: Path, *names: str, simplify_cells: bool = False) -> dict[str, Any]:
