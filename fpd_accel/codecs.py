@@ -22,6 +22,7 @@ from fpd_accel.config import Codec
 from fpd_accel.errors import UserError
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, SimCC
 
+NOWHERE = -math.inf  # the centre of a joint that is not drawn
 LOWEST = math.exp(-4.5) * (1 - 1e-6)  # of a Gaussian of peak 1 within 3 sigma, but for rounding
 HeatmapKind = Literal["heatmap", "dark", "udp"]
 Weights = Float32[Tensor, "batch joint"]
@@ -73,10 +74,8 @@ class HeatmapCodec:
         weight = torch.where(inside, weight, 0.0)
         centers = torch.stack((column, row) if self.kind == "heatmap" else (exact_x, exact_y), dim=-1)
         # exp(-(dx² + dy²)) = exp(-dx²) exp(-dy²): two profiles and one outer product instead of an exp per cell.
-        profiles = self._profiles(torch.where(inside[..., None], centers, 0.0))  # which may not be a number elsewhere
-        profile_x = profiles[:, :, 0, :width]
-        profile_y = profiles[:, :, 1, :height] * (weight > 0.5).to(torch.float32)[..., None]
-        return profile_y[..., :, None] * profile_x[..., None, :], weight
+        profiles = self._profiles(torch.where(weight[..., None] > 0.5, centers, NOWHERE))
+        return profiles[:, :, 1, :height, None] * profiles[:, :, 0, None, :width], weight
 
     def _cells(self, coordinate: Float[Tensor, "batch joint"], axis: int) -> Float[Tensor, "batch joint"]:
         """Pixels of the input as heatmap cells; axis 0 is x."""
@@ -100,8 +99,9 @@ class HeatmapCodec:
         value at 3 sigma after it.
         """
         cell = torch.arange(max(self.heatmap_size), device=centers.device, dtype=centers.dtype)
-        exponent = (cell - centers[..., None]).square() / (-2 * self.sigma**2)
-        return F.threshold(exponent.clamp(min=-5.0).exp(), LOWEST, 0.0).to(torch.float32)
+        profiles = cell - centers[..., None]  # and all that follows in its place: new memory is new to the caches
+        profiles.square_().div_(-2 * self.sigma**2).clamp_(min=-5.0).exp_()
+        return F.threshold(profiles, LOWEST, 0.0, inplace=True).to(torch.float32)
 
 
 @dataclass(frozen=True)
