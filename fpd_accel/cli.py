@@ -1,155 +1,29 @@
-"""``fpd-accel <command>``: what happens before and after training. Training itself is ``recipes/distill.py``."""
+"""The command line `fpd-accel <command>`: data, predictions, weights and benchmarks around training.
+
+Training itself is `recipes/distill.py`. Each command imports what it needs when it runs, so that help is instant.
+"""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from fpd_accel.bench.commands import add_commands
-from fpd_accel.errors import DataError, UserError
-from fpd_accel.log import fail, say
+from fpd_accel.console import fail, say
+from fpd_accel.errors import DataError, UserError, WeightsError
+
+Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 2 and a message without a traceback for anything a user can get wrong."""
-    parser = argparse.ArgumentParser(prog="fpd-accel", description="Fast Pose Distillation: data, predictions.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    synth = commands.add_parser("synth", help="draw synthetic people as a COCO keypoint dataset")
-    synth.add_argument("output", type=Path, help="folder to write: images/ and person_keypoints.json")
-    synth.add_argument("--images", type=int, default=1500)
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--workers", type=int, default=2, help="drawing processes (default: 2)")
-    synth.set_defaults(run=_synth)
-
-    prepare = commands.add_parser("prepare", help="turn COCO or MPII annotations and their images into shards")
-    prepare.add_argument("--images", type=Path, required=True, help="folder of the images")
-    prepare.add_argument(
-        "--annotations", type=Path, required=True, help="COCO keypoint JSON; MPII: HRNet's JSON, or MPII's own .mat"
-    )
-    prepare.add_argument("--output", type=Path, required=True, help="folder to write")
-    prepare.add_argument(
-        "--format", choices=("coco", "mpii"), default="coco", help="of the annotations (default: coco)"
-    )
-    prepare.add_argument(
-        "--skeleton", help="coco (default), mpii, or a YAML file like recipes/skeletons/lsp.yaml; format coco"
-    )
-    prepare.add_argument("--category", help="name of the category, where several have keypoints; format coco")
-    prepare.add_argument(
-        "--ground-truth", type=Path, help="HRNet's gt_valid.mat with its valid.json: head sizes for PCKh; format mpii"
-    )
-    prepare.add_argument(
-        "--keep-empty-images",
-        action="store_true",
-        help="keep images without an annotated person: what a detector finds there counts against it (COCO's protocol)",
-    )
-    prepare.set_defaults(run=_prepare)
-
-    detect = commands.add_parser("detect", help="find the boxes of people in a folder of images")
-    detect.add_argument("images", type=Path, help="folder of the images")
-    detect.add_argument("--output", type=Path, required=True, help="JSON to write: COCO's result format")
-    detect.add_argument(
-        "--annotations", type=Path, help="COCO JSON with the ids of the images; default: the number in each file name"
-    )
-    detect.add_argument(
-        "--weights",
-        type=Path,
-        help="of torchvision's fasterrcnn_resnet50_fpn_v2 (default: download the published ones)",
-    )
-    detect.add_argument("--threshold", type=float, default=0.05, help="lowest score of a box (default: 0.05)")
-    detect.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    detect.add_argument(
-        "--batch", type=int, default=1, help="images per forward (default: 1); padding moves boxes a little"
-    )
-    detect.set_defaults(run=_detect)
-
-    check = commands.add_parser("check", help="look at prepared data before training on them")
-    check.add_argument(
-        "data", help="shards written by fpd-accel prepare, or folder or URL written by fpd-accel publish"
-    )
-    check.add_argument("--output", type=Path, metavar="PICTURE.png", help="contact sheet of labelled people to write")
-    check.add_argument("--json", type=Path, metavar="FILE", help="the whole report to write, for programs")
-    check.set_defaults(run=_check)
-
-    publish = commands.add_parser("publish", help="write shards as Parquet, for the Hub or another place to train from")
-    publish.add_argument("data", metavar="SHARDS", help="written by fpd-accel prepare")
-    publish.add_argument("output", help="folder to make, or a URL: hf://datasets/USER/NAME, s3://BUCKET/NAME, ...")
-    publish.add_argument(
-        "--group", type=int, default=128, help="images of a row group, what a stream fetches at once (default: 128)"
-    )
-    publish.add_argument("--file-size", type=int, default=256, help="megabytes of a file, about (default: 256)")
-    publish.set_defaults(run=_publish)
-
-    predict = commands.add_parser("predict", help="find the keypoints of people in images")
-    predict.add_argument("images", nargs="+", type=Path, help="image files")
-    predict.add_argument("--model", required=True, help="model folder, such as runs/quickstart/best")
-    predict.add_argument("--output", type=Path, required=True, help="folder for keypoints.json and overlays")
-    predict.add_argument(
-        "--boxes",
-        type=Path,
-        help="what `fpd-accel detect` wrote, or JSON: file name -> [[x, y, width, height], ...]; default: whole images",
-    )
-    predict.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    predict.set_defaults(run=_predict)
-
-    convert = commands.add_parser("import-weights", help="turn a published checkpoint into a model folder")
-    convert.add_argument("source", type=Path, help=".pth, .pt, .tar, .safetensors, or a folder with model.safetensors")
-    convert.add_argument("--output", type=Path, required=True, help="model folder to make")
-    convert.add_argument("--arch", help="the network; default: told by names and shapes of the tensors")
-    convert.add_argument("--skeleton", default="coco", help="coco (default), mpii or a YAML file: keypoints")
-    convert.add_argument(
-        "--input-size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="pixels; default: what the weights or the file's name say, else 256 192 (Hourglass and MPII: 256 256)",
-    )
-    convert.add_argument(
-        "--color",
-        choices=("rgb", "bgr"),
-        help="channel order that it was trained on (default: bgr for Hourglass and PoseResNet of the HRNet and FPD "
-        "repositories, else rgb)",
-    )
-    convert.add_argument(
-        "--verify", type=Path, metavar="DIR", help="folder of fixtures to compare a checkpoint of the original with"
-    )
-    convert.add_argument(
-        "--codec",
-        choices=("heatmap", "dark", "udp"),
-        help="it was trained by (default: udp for ViTPose; udp or dark where the name of an MMPose file says so; else "
-        "heatmap)",
-    )
-    convert.add_argument(
-        "--sigma", type=float, help="of its heatmaps, in cells (default: 3 from a height of 384 on, else and ViTPose 2)"
-    )
-    for name, what in (("--mean", "subtracted from the channels"), ("--std", "what the channels are divided by")):
-        convert.add_argument(
-            name,
-            type=float,
-            nargs=3,
-            metavar=("R", "G", "B"),
-            help=f"{what}, 0..1; for bgr in the order B G R (default: a transformers folder's, else ImageNet's)",
-        )
-    convert.set_defaults(run=_import_weights)
-
-    info = commands.add_parser("info", help="what a model folder holds and what it costs")
-    info.add_argument("folder", type=Path, help="model folder, such as runs/quickstart/best")
-    info.set_defaults(run=_info)
-
-    config = commands.add_parser("import-config", help="turn experiment files of the original code into a recipe")
-    config.add_argument("--cfg", type=Path, required=True, metavar="S.yaml", help="experiment file of the student")
-    config.add_argument("--tcfg", type=Path, metavar="T.yaml", help="experiment file of the teacher")
-    config.add_argument("--output", type=Path, metavar="RECIPE.yaml", help="recipe to write (default: print it)")
-    config.add_argument("--force", action="store_true", help="replace the recipe where it exists")
-    config.add_argument(
-        "overrides", nargs="*", metavar="KEY VALUE", help="as the original takes them: TRAIN.LR 0.001 …"
-    )
-    config.set_defaults(run=_import_config)
-
-    add_commands(commands.add_parser("bench", help="measure what the trainer costs on this machine"))
-
+    """Run one command; return 0, or 2 after a message without a traceback for anything a user can get wrong."""
+    parser = create_parser()
     chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        parser.print_help()
+        return 0
     try:
         chosen.run(chosen)
     except UserError as error:
@@ -157,8 +31,174 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="fpd-accel",
+        description="Fast Pose Distillation: prepare data, find keypoints, import weights, measure speed.",
+        epilog="Training is `accelerate launch recipes/distill.py --config RECIPE.yaml`.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fpd-accel {metadata.version('fpd-accel')}", help="show the version"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    for add in (_add_synth, _add_prepare, _add_check, _add_publish, _add_detect, _add_predict, _add_info):
+        add(commands)
+    _add_import_weights(commands)
+    _add_import_config(commands)
+    add_commands(commands.add_parser("bench", help="measure what training costs on this machine"))
+    return parser
+
+
+def _add_synth(commands: Commands) -> None:
+    parser = commands.add_parser("synth", help="draw synthetic people as a COCO keypoint dataset")
+    parser.add_argument("output", type=Path, help="folder to write: images/ and person_keypoints.json")
+    parser.add_argument("--images", type=int, default=1500, help="number of images (default: 1500)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal images (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="drawing processes (default: 2)")
+    parser.set_defaults(run=_synth)
+
+
+def _add_prepare(commands: Commands) -> None:
+    parser = commands.add_parser("prepare", help="turn COCO or MPII annotations and their images into shards")
+    parser.add_argument("--images", type=Path, required=True, help="folder of the images")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, help="COCO keypoint JSON; MPII: HRNet's JSON, or MPII's own .mat"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--format", choices=("coco", "mpii"), default="coco", help="of the annotations (default: coco)")
+    parser.add_argument(
+        "--skeleton", help="coco (default), mpii, or a YAML file like recipes/skeletons/lsp.yaml; for format coco"
+    )
+    parser.add_argument("--category", help="name of the category, where several have keypoints; for format coco")
+    parser.add_argument(
+        "--ground-truth",
+        type=Path,
+        help="HRNet's gt_valid.mat for its valid.json: head sizes for PCKh; for format mpii",
+    )
+    parser.add_argument(
+        "--keep-empty-images",
+        action="store_true",
+        help="keep images without an annotated person, where detections count as false alarms (COCO's protocol)",
+    )
+    parser.set_defaults(run=_prepare)
+
+
+def _add_detect(commands: Commands) -> None:
+    parser = commands.add_parser("detect", help="find the boxes of people in a folder of images")
+    parser.add_argument("images", type=Path, help="folder of the images")
+    parser.add_argument("--output", type=Path, required=True, help="JSON to write, in COCO's result format")
+    parser.add_argument(
+        "--annotations", type=Path, help="COCO JSON with the ids of the images (default: the number in each file name)"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="file for torchvision's fasterrcnn_resnet50_fpn_v2 (default: download the published weights)",
+    )
+    parser.add_argument("--threshold", type=float, default=0.05, help="lowest score of a box (default: 0.05)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images per forward (default: 1); padding moves boxes a little"
+    )
+    parser.set_defaults(run=_detect)
+
+
+def _add_check(commands: Commands) -> None:
+    parser = commands.add_parser("check", help="report on the quality of prepared data before training on them")
+    parser.add_argument("data", help="shards written by `prepare`, or folder or URL written by `publish`")
+    parser.add_argument("--output", type=Path, metavar="PICTURE.png", help="contact sheet of labelled people to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the whole report as JSON")
+    parser.set_defaults(run=_check)
+
+
+def _add_publish(commands: Commands) -> None:
+    parser = commands.add_parser("publish", help="write shards as Parquet to the Hub, a bucket or a folder")
+    parser.add_argument("data", metavar="SHARDS", help="written by `prepare`")
+    parser.add_argument("output", help="folder to make, or a URL: hf://datasets/USER/NAME, s3://BUCKET/NAME, ...")
+    parser.add_argument(
+        "--group", type=int, default=128, help="images per row group, the unit that a stream fetches (default: 128)"
+    )
+    parser.add_argument("--file-size", type=int, default=256, help="approximate megabytes per file (default: 256)")
+    parser.set_defaults(run=_publish)
+
+
+def _add_predict(commands: Commands) -> None:
+    parser = commands.add_parser("predict", help="find the keypoints of people in images")
+    parser.add_argument("images", nargs="+", type=Path, help="image files")
+    parser.add_argument("--model", required=True, help="model folder, such as runs/quickstart/best")
+    parser.add_argument("--output", type=Path, required=True, help="folder for keypoints.json and overlays")
+    parser.add_argument(
+        "--boxes",
+        type=Path,
+        help="JSON written by `detect`, or file name -> [[x, y, width, height], ...] (default: whole images)",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    parser.set_defaults(run=_predict)
+
+
+def _add_import_weights(commands: Commands) -> None:
+    parser = commands.add_parser("import-weights", help="turn a published checkpoint into a model folder")
+    parser.add_argument("source", type=Path, help=".pth, .pt, .tar, .safetensors, or a folder with model.safetensors")
+    parser.add_argument("--output", type=Path, required=True, help="model folder to make")
+    parser.add_argument("--arch", help="architecture (default: recognised by names and shapes of the tensors)")
+    parser.add_argument("--skeleton", default="coco", help="coco, mpii or a YAML file (default: coco)")
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="pixels (default: by the weights or the file's name, else 256 192; Hourglass and MPII: 256 256)",
+    )
+    parser.add_argument(
+        "--color",
+        choices=("rgb", "bgr"),
+        help="channel order of the training images (default: bgr for Hourglass and PoseResNet of the HRNet and FPD "
+        "repositories, else rgb)",
+    )
+    parser.add_argument("--verify", nargs="?", const="", metavar="DIR", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--codec",
+        choices=("heatmap", "dark", "udp"),
+        help="codec of the training (default: udp for ViTPose; udp or dark where an MMPose file's name says so; else "
+        "heatmap)",
+    )
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        help="of the training heatmaps, in cells (default: 3 for heights of at least 384, else 2; ViTPose: 2)",
+    )
+    for name, role in (("--mean", "subtracted from the channels"), ("--std", "that the channels are divided by")):
+        parser.add_argument(
+            name,
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"values {role}, 0 to 1; bgr: in the order B G R (default: a transformers folder's, else ImageNet's)",
+        )
+    parser.set_defaults(run=_import_weights)
+
+
+def _add_info(commands: Commands) -> None:
+    parser = commands.add_parser("info", help="show what a model folder holds and what it costs")
+    parser.add_argument("folder", type=Path, help="model folder, such as runs/quickstart/best")
+    parser.set_defaults(run=_info)
+
+
+def _add_import_config(commands: Commands) -> None:
+    parser = commands.add_parser("import-config", help="turn experiment files of the original code into a recipe")
+    parser.add_argument("--cfg", type=Path, required=True, metavar="S.yaml", help="experiment file of the student")
+    parser.add_argument("--tcfg", type=Path, metavar="T.yaml", help="experiment file of the teacher")
+    parser.add_argument("--output", type=Path, metavar="RECIPE.yaml", help="recipe to write (default: print it)")
+    parser.add_argument("--force", action="store_true", help="replace the recipe if it exists")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="overrides as the original takes them: TRAIN.LR 0.001 ..."
+    )
+    parser.set_defaults(run=_import_config)
+
+
 def _synth(arguments: argparse.Namespace) -> None:
-    from fpd_accel.data.synthetic import draw_dataset
+    from fpd_accel.synthetic.dataset import draw_dataset
 
     draw_dataset(arguments.output, images=arguments.images, seed=arguments.seed, workers=arguments.workers)
     say(f"{arguments.output}: {arguments.images} images; next: fpd-accel prepare --images {arguments.output}/images "
@@ -166,9 +206,8 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from fpd_accel.data.coco import SKIPPED, prepare_coco
-    from fpd_accel.data.mpii import SKIPPED as SKIPPED_OF_MPII
-    from fpd_accel.data.mpii import prepare_mpii
+    from fpd_accel.data.coco import COCO_SKIPPED, prepare_coco
+    from fpd_accel.data.mpii import MPII_SKIPPED, prepare_mpii
     from fpd_accel.skeleton import load_skeleton
 
     is_mpii = arguments.format == "mpii"
@@ -186,8 +225,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     counts = shards.description["counts"]
     say(f"{shards.path}: {counts['images']} images, {counts['people']} annotations, {counts['usable']} usable")
     for key, count in shards.description["skipped"].items():
-        say(f"  skipped {count} {(SKIPPED_OF_MPII if is_mpii else SKIPPED)[key]}")
-    for reason, count in shards.description["unused"].items():
+        say(f"  skipped {count} {(MPII_SKIPPED if is_mpii else COCO_SKIPPED)[key]}")
+    for reason, count in shards.description["exclude_reason"].items():
         say(f"  kept for evaluation only: {count} ({reason.replace('_', ' ')})")
     if is_mpii and counts["head_sizes"] < counts["usable"]:
         say(f"  without the size of the head, so not in PCKh: {counts['usable'] - counts['head_sizes']}")
@@ -200,7 +239,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    from fpd_accel.data.parquet import publish
+    from fpd_accel.data.published.publish import publish
     from fpd_accel.data.shards import Shards
 
     if arguments.group < 1 or arguments.file_size < 1:
@@ -238,7 +277,9 @@ def _detect(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from fpd_accel.check import check_shards, choose_people, contact_sheet, read_labels, show_report, write_json
+    from fpd_accel.check.contact_sheet import choose_people, contact_sheet
+    from fpd_accel.check.labels import read_labels
+    from fpd_accel.check.report import check_shards, show_report, write_json
     from fpd_accel.data.shards import Shards
     from fpd_accel.visualize import save_picture
 
@@ -257,7 +298,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _import_config(arguments: argparse.Namespace) -> None:
-    from fpd_accel.yacs import import_config, write_recipe
+    from fpd_accel.import_config.convert import import_config
+    from fpd_accel.import_config.text import write_recipe
 
     recipe, text = import_config(arguments.cfg, arguments.overrides, teacher=arguments.tcfg)
     if arguments.output is None:
@@ -271,10 +313,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from fpd_accel.files import write_whole
-    from fpd_accel.predict import Predictor, overlay_paths, read_image, whole_image
+    from fpd_accel.predict import Predictor, overlay_paths, read_boxes, read_image, whole_image
     from fpd_accel.visualize import save_picture
 
-    boxes = _read_boxes(arguments.boxes) if arguments.boxes is not None else None
+    boxes = read_boxes(arguments.boxes) if arguments.boxes is not None else None
     overlays = overlay_paths(arguments.images, arguments.output)
     predictor = Predictor(arguments.model, device=arguments.device)
     people = []
@@ -291,9 +333,13 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _import_weights(arguments: argparse.Namespace) -> None:
-    from fpd_accel.import_weights import import_weights
-    from fpd_accel.report import describe_model
+    from fpd_accel.weights.import_weights import import_weights
+    from fpd_accel.weights.model_cost import describe_model
 
+    if arguments.verify is not None:
+        raise WeightsError(
+            "--verify: removed in 0.2; the project's tests compare with reference numbers: pytest -m parity"
+        )
     imported = import_weights(
         arguments.source,
         arguments.output,
@@ -305,7 +351,6 @@ def _import_weights(arguments: argparse.Namespace) -> None:
         sigma=arguments.sigma,
         mean=arguments.mean,
         std=arguments.std,
-        verify=arguments.verify,
     )
     config, reasons = imported.config, imported.reasons
     mean, std = (
@@ -318,43 +363,9 @@ def _import_weights(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from fpd_accel.report import show_model
+    from fpd_accel.weights.tables import show_model
 
     show_model(arguments.folder)
-
-
-def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
-    from fpd_accel.data.numbers import is_usable
-
-    try:
-        boxes = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
-    if isinstance(boxes, list):
-        return _detected_boxes(path)
-    if not isinstance(boxes, dict) or any(
-        not isinstance(box, list) or len(box) != 4 or not all(map(is_usable, box))
-        for entry in boxes.values()
-        for box in (entry if isinstance(entry, list) else [None])
-    ):
-        raise DataError(f"{path}: wanted a mapping from file name to a list of [x, y, width, height]")
-    return boxes
-
-
-def _detected_boxes(path: Path) -> dict[str, list[list[float]]]:
-    """Boxes of people by file name, from COCO's result format with the names that `fpd-accel detect` adds to it."""
-    from fpd_accel.data.detections import PERSON, read_detections
-
-    boxes: dict[str, list[list[float]]] = {}
-    for detection in read_detections(path):
-        if "file_name" not in detection:
-            raise DataError(
-                f"{path}: its boxes have no file_name, so nothing says of which image they are; `fpd-accel detect` "
-                "writes it beside image_id"
-            )
-        if detection["category_id"] == PERSON and min(detection["bbox"][2:]) > 0:
-            boxes.setdefault(Path(detection["file_name"]).name, []).append(detection["bbox"])
-    return boxes
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Keypoints to training targets, vectorised on the device of the keypoints, without a host synchronisation.
 
-Keypoints are (x, y) in pixels of the network's input; sizes are (height, width). How an output becomes keypoints again
-is in ``decode.py``. The codecs differ in what they do with the part of a keypoint that is smaller than a cell:
+Keypoints are (x, y) in pixels of the network's input; sizes are (height, width). `decode.py` converts outputs back to
+keypoints. The codecs differ in how they keep the part of a coordinate that is smaller than a cell:
 
-    heatmap   Gaussian on the nearest cell; read back by a quarter step (Xiao et al., ECCV 2018; HRNet, CVPR 2019)
-    dark      Gaussian on the exact place; read back by a Taylor expansion (Zhang et al., DARK, CVPR 2020)
-    udp       as dark, with pixels counted by their centres, so that mirroring is exact (Huang et al., UDP, CVPR 2020)
-    simcc     two distributions over half pixels instead of heatmaps (Li et al., SimCC, ECCV 2022)
+    heatmap   Gaussian at the nearest cell; decoded with a quarter step (Xiao et al., ECCV 2018; HRNet, CVPR 2019)
+    dark      Gaussian at the exact place; decoded with a Taylor expansion (Zhang et al., DARK, CVPR 2020)
+    udp       as dark, on a grid of pixel centres, so that mirroring is exact (Huang et al., UDP, CVPR 2020)
+    simcc     two distributions over half pixels in place of a heatmap (Li et al., SimCC, ECCV 2022)
 """
 
 import math
@@ -18,30 +18,28 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpd_accel.config import Codec
 from fpd_accel.errors import UserError
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, SimCC
 
-NOWHERE = -math.inf  # the centre of a joint that is not drawn
-LOWEST = math.exp(-4.5) * (1 - 1e-6)  # of a Gaussian of peak 1 within 3 sigma, but for rounding
+NOWHERE = -math.inf  # the centre of a Gaussian that is not drawn
+LOWEST = math.exp(-4.5) * (1 - 1e-6)  # a Gaussian of peak 1 at 3 sigma, with a margin for rounding
 HeatmapKind = Literal["heatmap", "dark", "udp"]
+CodecName = Literal["heatmap", "dark", "udp", "simcc"]
 Weights = Float32[Tensor, "batch joint"]
 
 
 @dataclass(frozen=True)
 class HeatmapCodec:
-    """Gaussian heatmaps of peak 1, one per joint; values farther than 3 sigma from the centre along an axis are 0.
-
-    ``kind`` is ``heatmap``, ``dark`` or ``udp`` (see the module). Of ``heatmap`` the centre is rounded to a whole cell.
+    """Gaussian heatmaps of peak 1, one per keypoint; values more than 3 sigma from the centre along an axis are 0.
 
     Raises:
-        UserError: a size is not two positive integers, sigma is not a positive finite number, or the kind is unknown.
+        UserError: A size is not two positive integers, sigma is not a positive finite number, or the kind is unknown.
     """
 
-    input_size: tuple[int, int] = (256, 192)
-    heatmap_size: tuple[int, int] = (64, 48)
-    sigma: float = 2.0  # heatmap cells
-    kind: HeatmapKind = "heatmap"
+    input_size: tuple[int, int] = (256, 192)  # (height, width) of a crop, pixels
+    heatmap_size: tuple[int, int] = (64, 48)  # (height, width) of a heatmap, cells
+    sigma: float = 2.0  # standard deviation of the Gaussian, cells
+    kind: HeatmapKind = "heatmap"  # see the module; only `heatmap` rounds the centre to a whole cell
 
     def __post_init__(self) -> None:
         for name in ("input_size", "heatmap_size"):
@@ -61,14 +59,19 @@ class HeatmapCodec:
         keypoints: Float[Tensor, "batch joint 2"],
         visible: Shaped[Tensor, "batch joint"],
     ) -> tuple[Float32[Tensor, "batch joint height width"], Weights]:
-        """Heatmaps in [0, 1] and the weight of each in the loss.
+        """Return heatmaps in [0, 1] and the weight of each in the loss.
 
-        The weight is ``visible``, but 0 where the whole patch of 6 sigma + 1 cells lies outside the heatmap. A joint
-        is drawn only if its weight is above 0.5; the heatmap of any other is zero. Not-a-number counts as outside.
+        The weight is `visible`, but 0 where the whole patch of 6 sigma + 1 cells lies outside the heatmap. A keypoint
+        is drawn only if its weight is above 0.5; otherwise its heatmap is zero. A coordinate that is not a number
+        counts as outside.
+
+        Args:
+            keypoints: (x, y) in crop pixels.
+            visible: Weight of each keypoint; 1 where it is labelled, else 0.
         """
         height, width = self.heatmap_size
         weight = visible.to(torch.float32)
-        exact_x, exact_y = (self._cells(keypoints[..., axis], axis) for axis in (0, 1))
+        exact_x, exact_y = (self._to_cells(keypoints[..., axis], axis) for axis in (0, 1))
         column, row = _nearest(exact_x), _nearest(exact_y)
         inside = self._touches(column, width) & self._touches(row, height)
         weight = torch.where(inside, weight, 0.0)
@@ -77,46 +80,45 @@ class HeatmapCodec:
         profiles = self._profiles(torch.where(weight[..., None] > 0.5, centers, NOWHERE))
         return profiles[:, :, 1, :height, None] * profiles[:, :, 0, None, :width], weight
 
-    def _cells(self, coordinate: Float[Tensor, "batch joint"], axis: int) -> Float[Tensor, "batch joint"]:
-        """Pixels of the input as heatmap cells; axis 0 is x."""
+    def _to_cells(self, coordinate: Float[Tensor, "batch joint"], axis: int) -> Float[Tensor, "batch joint"]:
+        """Convert input pixels along an axis, 0 for x, to heatmap cells."""
         cells, pixels = self.heatmap_size[1 - axis], self.input_size[1 - axis]
         precise = coordinate if coordinate.dtype == torch.float64 else coordinate.to(torch.float32)
         return precise * ((cells - 1) / (pixels - 1) if self.unbiased else cells / pixels)
 
     def _touches(self, center: Float[Tensor, "batch joint"], cells: int) -> Shaped[Tensor, "batch joint"]:
-        """Whether the patch around a centre counts as touching an axis of so many cells.
+        """Return whether the patch around each centre counts as touching an axis of `cells` cells.
 
-        The published code compares the patch's exclusive end with 0 by ``<``: a patch that ends just before cell 0
-        still counts, so that joint keeps its weight with an empty target. Published numbers depend on it.
+        The published code compares the exclusive end of the patch with 0 by `<`: a patch that ends just before cell 0
+        still counts, so that keypoint keeps its weight with an empty target. Published numbers depend on it.
         """
         return (center - 3 * self.sigma < cells) & (center + 3 * self.sigma + 1 >= 0)
 
     def _profiles(self, centers: Float[Tensor, "batch joint 2"]) -> Float32[Tensor, "batch joint 2 cell"]:
-        """One-dimensional Gaussians of peak 1 around each centre, cut at 3 sigma, along x and y in one go.
+        """Return 1-D Gaussians of peak 1 around each centre along x and y, 0 beyond 3 sigma.
 
-        Both have as many cells as the longer axis: two calls for the exact number would take longer. The exponent is
-        cut before the exponential, which is six times as slow where its result vanishes, and what is less than the
-        value at 3 sigma after it.
+        Both axes get as many cells as the longer one: two calls of exact sizes would take longer. The exponent is
+        clamped before the exponential, which is six times slower where the result underflows; values below the one at
+        3 sigma are set to zero afterwards.
         """
         cell = torch.arange(max(self.heatmap_size), device=centers.device, dtype=centers.dtype)
-        profiles = cell - centers[..., None]  # and all that follows in its place: new memory is new to the caches
+        profiles = cell - centers[..., None]  # then in place: newly allocated memory is not in the caches
         profiles.square_().div_(-2 * self.sigma**2).clamp_(min=-5.0).exp_()
         return F.threshold(profiles, LOWEST, 0.0, inplace=True).to(torch.float32)
 
 
 @dataclass(frozen=True)
 class SimCCCodec:
-    """Two Gaussian distributions per joint, over the bins of each axis, of which a pixel has two.
+    """Two Gaussian distributions per keypoint, over the bins of each axis; a pixel has two bins.
 
-    ``sigma`` is in bins, the same along both axes; None takes sqrt(side / 8) along each, as MMPose's SimCC recipes do
-    (4.9 bins for 192 pixels, 5.66 for 256).
+    Without `sigma` each axis gets sqrt(side / 8) bins, as in MMPose's SimCC recipes (4.9 for 192 pixels, 5.66 for 256).
 
     Raises:
-        UserError: the size is not two positive integers, or sigma is not a positive finite number.
+        UserError: The size is not two positive integers, or sigma is not a positive finite number.
     """
 
-    input_size: tuple[int, int] = (256, 192)
-    sigma: float | None = None
+    input_size: tuple[int, int] = (256, 192)  # (height, width) of a crop, pixels
+    sigma: float | None = None  # standard deviation of both Gaussians, bins
     unbiased: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -130,13 +132,24 @@ class SimCCCodec:
         height, width = self.input_size
         return self.sigma or math.sqrt(width / 8), self.sigma or math.sqrt(height / 8)
 
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Highest probability of the target along x and y: the peak of a normal density, 1 / (sigma sqrt(2 pi))."""
+        x, y = (1 / (sigma * math.sqrt(2 * math.pi)) for sigma in self.sigmas)
+        return x, y
+
     def encode(
         self, keypoints: Float[Tensor, "batch joint 2"], visible: Shaped[Tensor, "batch joint"]
     ) -> tuple[SimCC, Weights]:
-        """Probabilities along both axes, each summing to 1, and the weight of each joint in the loss.
+        """Return probabilities along both axes, each summing to 1, and the weight of each keypoint in the loss.
 
-        The Gaussian stands on the nearest bin. The weight is ``visible``, but 0 where the keypoint lies outside the
-        input: no bin could name it. Not-a-number counts as outside. Where the weight is not above 0.5 all are zero.
+        The Gaussian is centred on the nearest bin. The weight is `visible`, but 0 where the keypoint lies outside the
+        input, because no bin stands for it. Where the weight is not above 0.5 all probabilities are zero. A coordinate
+        that is not a number counts as outside.
+
+        Args:
+            keypoints: (x, y) in crop pixels.
+            visible: Weight of each keypoint; 1 where it is labelled, else 0.
         """
         height, width = self.input_size
         bins = torch.round(keypoints.to(torch.float32) * BINS_PER_PIXEL)
@@ -152,26 +165,34 @@ class SimCCCodec:
 PoseCodec = HeatmapCodec | SimCCCodec
 
 
-def create_codec(codec: Codec, input_size: tuple[int, int]) -> PoseCodec:
-    """The codec that a recipe or a model folder describes."""
-    if codec.name == "simcc":
-        return SimCCCodec(input_size, codec.sigma)
+def create_codec(name: CodecName, input_size: tuple[int, int], *, sigma: float | None = None) -> PoseCodec:
+    """Return the codec with this name.
+
+    Args:
+        name: `simcc`, or a kind of heatmap.
+        input_size: (height, width) of a crop, pixels.
+        sigma: In cells of 4 pixels (None: 2), or for SimCC in bins (None: sqrt(side / 8) along each axis).
+    """
+    if name == "simcc":
+        return SimCCCodec(input_size, sigma)
     heatmap_size = (input_size[0] // STRIDE, input_size[1] // STRIDE)
-    return HeatmapCodec(input_size, heatmap_size, 2.0 if codec.sigma is None else codec.sigma, codec.name)
+    return HeatmapCodec(input_size, heatmap_size, 2.0 if sigma is None else sigma, name)
 
 
 def _distribution(center: Float[Tensor, "batch joint"], bins: int, sigma: float) -> Float32[Tensor, "batch joint bin"]:
+    """Return Gaussians of `sigma` bins around each centre, as probabilities over `bins` bins."""
     offset = torch.arange(bins, device=center.device, dtype=torch.float32) - center[..., None]
     return torch.softmax(-offset.square() / (2 * sigma**2), dim=-1)
 
 
 def _nearest(cells: Float[Tensor, "batch joint"]) -> Float[Tensor, "batch joint"]:
-    """Rounded half up, as C rounds by truncation: (-1.5, 0.5) becomes 0, -1.5 becomes -1."""
+    """Add a half and truncate towards zero, as the published code rounds: -1.5 < x < 0.5 gives 0, -1.5 gives -1."""
     return torch.trunc(cells + 0.5)
 
 
 def _check_size(codec: object, name: str) -> None:
+    """Check that a field is two positive integers, and store it as a tuple: JSON and YAML give lists, unhashable."""
     size = tuple(getattr(codec, name))
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise UserError(f"codec: {name} must be two positive integers (height, width), not {size}")
-    object.__setattr__(codec, name, size)  # a list, as JSON and YAML give it, would leave the codec unhashable
+    object.__setattr__(codec, name, size)

@@ -1,7 +1,7 @@
-"""Outputs to keypoints, flip fusion, and the training accuracy: tensors only, no host synchronisation.
+"""Outputs to keypoints, flip fusion and training accuracy: tensors only, without a host synchronisation.
 
-Keypoints are (x, y); heatmaps are (batch, joint, height, width). ``decode``, ``fuse`` and ``accuracy`` take the output
-of any network with the codec it was trained by; the functions after them are theirs for heatmaps and for SimCC.
+Keypoints are (x, y); heatmaps are (batch, joint, height, width). `decode`, `fuse` and `accuracy` take the output of any
+network together with the codec that it was trained with; the other functions implement them for heatmaps and for SimCC.
 """
 
 import math
@@ -18,7 +18,7 @@ from fpd_accel.errors import UserError
 from fpd_accel.outputs import BINS_PER_PIXEL, Output, SimCC
 
 Refinement = Literal["none", "quarter", "dark"]
-Found = tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]
+Decoded = tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]
 FlipIndex = Int[Tensor, " joint"] | Sequence[int]
 
 
@@ -29,26 +29,33 @@ def decode(
     sizes: Float[Tensor, "batch 2"],
     *,
     refine: Refinement | None = None,
-) -> Found:
-    """Keypoints in image pixels and their scores; ``refine`` None is what belongs to the codec."""
+) -> Decoded:
+    """Return keypoints in image pixels and their scores, from the output of any network.
+
+    Args:
+        output: Heatmaps, or SimCC's logits.
+        codec: The codec that the network was trained with.
+        centers: (x, y) of each crop's region, image pixels.
+        sizes: (width, height) of each crop's region, image pixels.
+        refine: Refinement of heatmaps below a cell, see `decode_heatmaps`; None: the one of the codec.
+    """
     if isinstance(codec, SimCCCodec):
         assert isinstance(output, SimCC)
         return decode_simcc(output.softmax(), codec, centers, sizes)
     assert isinstance(output, Tensor)
-    return decode_heatmaps(
-        output,
-        centers,
-        sizes,
-        refine=refine or ("quarter" if codec.kind == "heatmap" else "dark"),
-        sigma=codec.sigma,
-        unbiased=codec.unbiased,
-    )
+    refine = refine or ("quarter" if codec.kind == "heatmap" else "dark")
+    return decode_heatmaps(output, centers, sizes, refine=refine, sigma=codec.sigma, unbiased=codec.unbiased)
 
 
 def fuse(output: Output, flipped: Output, codec: PoseCodec, flip_index: FlipIndex, *, shift: bool = True) -> Output:
-    """The mean of the output for an image and, mapped back, that for its mirror image.
+    """Average the output for an image with the output for its mirror image, mapped back.
 
-    ``shift=False`` leaves out the shift by one cell (:func:`flip_back`), which UDP and SimCC never have.
+    Args:
+        output: Output for the image.
+        flipped: Output for the mirror image.
+        codec: The codec that the network was trained with.
+        flip_index: Permutation that exchanges left and right keypoints.
+        shift: Whether to shift mirrored heatmaps by one cell, see `flip_back`; UDP and SimCC never shift.
     """
     if isinstance(output, SimCC):
         assert isinstance(flipped, SimCC)
@@ -58,7 +65,7 @@ def fuse(output: Output, flipped: Output, codec: PoseCodec, flip_index: FlipInde
 
 
 def accuracy(predicted: Output, target: Output) -> Float32[Tensor, ""]:
-    """The share of keypoints found near the target: :func:`heatmap_accuracy`, or its like for SimCC's bins."""
+    """Return the share of keypoints found near the target, 0 to 1: `heatmap_accuracy` or `simcc_accuracy`."""
     if isinstance(predicted, SimCC):
         assert isinstance(target, SimCC)
         return simcc_accuracy(predicted, target)
@@ -67,7 +74,7 @@ def accuracy(predicted: Output, target: Output) -> Float32[Tensor, ""]:
 
 
 def peak_scores(output: Output, codec: PoseCodec) -> Float32[Tensor, "batch joint"]:
-    """How sure a network is of each keypoint: the heatmap's maximum, or SimCC's score of :func:`decode_simcc`."""
+    """Return the confidence of each keypoint: the maximum of its heatmap, or the score of `decode_simcc`."""
     if isinstance(output, SimCC):
         assert isinstance(codec, SimCCCodec)
         return _simcc_scores(output.softmax(), codec)
@@ -82,18 +89,25 @@ def decode_heatmaps(
     *,
     sigma: float = 2.0,
     unbiased: bool = False,
-) -> Found:
-    """Keypoints in image pixels and their scores, the heatmaps' maxima.
+) -> Decoded:
+    """Return keypoints in image pixels and their scores, the maxima of the heatmaps.
 
-    ``centers`` (x, y) and ``sizes`` (w, h) describe in image pixels the crop region that the heatmap covers. As in
-    the published code only the width sets the scale (the crop is a similarity), and the heatmap's centre, not that of
-    its grid of cells, falls on the region's; ``unbiased`` puts the centres of the corner cells on the region's corners
-    instead (Huang et al., UDP, CVPR 2020). ``refine`` names the sub-cell step: ``none``; ``quarter`` of a cell towards
-    the higher neighbour along each axis (Newell et al., Stacked Hourglass, ECCV 2016); or ``dark``, a Taylor expansion
-    of the logarithm about the maximum (Zhang et al., CVPR 2020), for Gaussians of ``sigma`` cells.
+    As in the published code only the width sets the scale (a crop is a similarity transform), and the centre of the
+    heatmap, not of its grid of cells, maps to the centre of the region.
+
+    Args:
+        heatmaps: One heatmap per keypoint.
+        centers: (x, y) of the region that each heatmap covers, image pixels.
+        sizes: (width, height) of the region, image pixels.
+        refine: `none`; `quarter` of a cell towards the higher neighbour along each axis (Newell et al., Stacked
+            Hourglass, ECCV 2016); or `dark`, a Taylor expansion of the log-heatmap around the maximum (Zhang et al.,
+            CVPR 2020).
+        sigma: Standard deviation of the Gaussians in cells, for `dark`.
+        unbiased: Whether the centres of the corner cells map to the corners of the region (Huang et al., UDP, CVPR
+            2020).
 
     Raises:
-        UserError: ``refine`` is no known refinement.
+        UserError: `refine` is not a known refinement.
     """
     coordinates, scores = argmax_2d(heatmaps)
     match refine:
@@ -106,14 +120,11 @@ def decode_heatmaps(
         case _:
             raise UserError(f"refine: {refine!r} is none of {', '.join(get_args(Refinement))}")
     height, width = heatmaps.shape[-2:]
-    sizes = sizes.to(torch.float32)
-    x, y = coordinates.unbind(-1)
     if unbiased:
+        x, y = coordinates.unbind(-1)
         shares = torch.stack((x / (width - 1), y / (height - 1)), dim=-1)
-        return (shares - 0.5) * sizes[:, None] + centers.to(torch.float32)[:, None], scores
-    centered = torch.stack((x - width / 2, y - height / 2), dim=-1)
-    pixels_per_cell = sizes[:, 0] / width
-    return centered * pixels_per_cell[:, None, None] + centers.to(torch.float32)[:, None], scores
+        return (shares - 0.5) * sizes.to(torch.float32)[:, None] + centers.to(torch.float32)[:, None], scores
+    return _to_image(coordinates, (height, width), centers, sizes), scores
 
 
 def decode_simcc(
@@ -121,32 +132,48 @@ def decode_simcc(
     codec: SimCCCodec,
     centers: Float[Tensor, "batch 2"],
     sizes: Float[Tensor, "batch 2"],
-) -> Found:
-    """Keypoints in image pixels, at the most probable bin of each axis, and their scores.
+) -> Decoded:
+    """Return keypoints in image pixels, at the most probable bin of each axis, and their scores.
 
-    A score is the smaller of both axes' highest probabilities in units of the target's, at most 1: about 1 where the
-    network is as sure as the labels were, like the maximum of a heatmap.
+    A score is the smaller of both axes' highest probabilities in units of the target's peak, at most 1: near 1 for a
+    network as confident as its labels, like the maximum of a heatmap.
+
+    Args:
+        probabilities: Distributions along both axes.
+        codec: The codec that the network was trained with.
+        centers: (x, y) of each crop's region, image pixels.
+        sizes: (width, height) of each crop's region, image pixels.
     """
-    height, width = codec.input_size
-    x, y = (axis.argmax(dim=-1).to(torch.float32) / BINS_PER_PIXEL for axis in probabilities)
-    centered = torch.stack((x - width / 2, y - height / 2), dim=-1)
-    image_pixels = sizes[:, 0].to(torch.float32) / width  # of one pixel of the crop
-    keypoints = centered * image_pixels[:, None, None] + centers.to(torch.float32)[:, None]
+    pixels = [axis.argmax(dim=-1).to(torch.float32) / BINS_PER_PIXEL for axis in probabilities]
+    keypoints = _to_image(torch.stack(pixels, dim=-1), codec.input_size, centers, sizes)
     return keypoints, _simcc_scores(probabilities, codec)
 
 
+def _to_image(
+    coordinates: Float32[Tensor, "batch joint 2"],
+    grid: tuple[int, int],
+    centers: Float[Tensor, "batch 2"],
+    sizes: Float[Tensor, "batch 2"],
+) -> Float32[Tensor, "batch joint 2"]:
+    """Map (x, y) of a biased grid of (height, width) cells or pixels to image pixels."""
+    height, width = grid
+    x, y = coordinates.unbind(-1)
+    centered = torch.stack((x - width / 2, y - height / 2), dim=-1)
+    image_pixels = sizes[:, 0].to(torch.float32) / width  # per cell
+    return centered * image_pixels[:, None, None] + centers.to(torch.float32)[:, None]
+
+
 def _simcc_scores(probabilities: SimCC, codec: SimCCCodec) -> Float32[Tensor, "batch joint"]:
-    label_peaks = (1 / (sigma * math.sqrt(2 * math.pi)) for sigma in codec.sigmas)
-    shares = [axis.amax(dim=-1) / peak for axis, peak in zip(probabilities, label_peaks, strict=True)]
+    shares = [axis.amax(dim=-1) / peak for axis, peak in zip(probabilities, codec.peaks, strict=True)]
     return torch.minimum(*shares).clamp(max=1.0).to(torch.float32)
 
 
 def argmax_2d(
     heatmaps: Float[Tensor, "batch joint height width"],
 ) -> tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]:
-    """The (x, y) cell of each heatmap's first maximum and its value; the cell is (0, 0) where no value is positive."""
-    # The band of rows with the highest cell, and that cell in it, each the first of equals as torch documents. On a CPU
-    # that is five times as fast as one argmax of all cells: a plain maximum is vectorised, an argmax is not.
+    """Return the (x, y) cell of each heatmap's first maximum and its value; (0, 0) where no value is positive."""
+    # First the band of rows with the highest cell, then that cell in it; torch returns the first of equal maxima. On a
+    # CPU this is five times as fast as one argmax over all cells, because a plain maximum is vectorised.
     batch, joints, height, width = heatmaps.shape
     rows = max(number for number in range(1, 5) if height % number == 0)
     bands = heatmaps.reshape(batch * joints, height // rows, rows * width)
@@ -162,7 +189,7 @@ def argmax_2d(
 def _quarter_step(
     heatmaps: Float[Tensor, "batch joint height width"], coordinates: Float32[Tensor, "batch joint 2"]
 ) -> Float32[Tensor, "batch joint 2"]:
-    """Whole cells moved by a quarter towards the higher neighbour; cells 0, 1 and the last of an axis stay."""
+    """Move whole cells by a quarter towards the higher neighbour; cells 0, 1 and the last of an axis stay."""
     height, width = heatmaps.shape[-2:]
     x, y = coordinates.to(torch.int64).unbind(-1)
     flat, index = heatmaps.flatten(2), y * width + x
@@ -171,7 +198,7 @@ def _quarter_step(
         return flat.gather(2, (index + offset).clamp(0, height * width - 1)[..., None])[..., 0]
 
     def uphill(offset: int) -> Tensor:
-        # Comparing, not subtracting: exact in half precision too.
+        # Comparison instead of subtraction: exact in half precision too.
         after, before = neighbour(offset), neighbour(-offset)
         return (after > before).to(torch.float32) - (after < before).to(torch.float32)
 
@@ -183,12 +210,12 @@ def _quarter_step(
 def _taylor_step(
     heatmaps: Float[Tensor, "batch joint height width"], coordinates: Float32[Tensor, "batch joint 2"], sigma: float
 ) -> Float32[Tensor, "batch joint 2"]:
-    """Whole cells moved to the maximum of the second-order expansion of the log of the smoothed heatmap.
+    """Move whole cells to the maximum of the second-order expansion of the smoothed log-heatmap.
 
-    The heatmap is smoothed by a Gaussian of its own ``sigma``, but for maxima nearer than 2.5 sigma to the border:
-    smoothing would miss what lies outside and pull them inwards by up to a tenth of a cell. A cell stays where it is
-    at the border itself or where the surface is no hill, and moves by at most one cell along each axis: a network's
-    heatmap may be anything.
+    The heatmap is smoothed with a Gaussian of its own `sigma`, except for maxima less than 2.5 sigma from the border:
+    the smoothing lacks the cells outside, which would pull such maxima inwards by up to a tenth of a cell. A cell stays
+    where it is on the border itself or where the surface is not concave, and moves by at most one cell along each axis,
+    because the heatmap of a network can have any shape.
     """
     height, width = heatmaps.shape[-2:]
     x, y = coordinates.to(torch.int64).unbind(-1)
@@ -203,22 +230,22 @@ def _taylor_step(
         return torch.where(to_border < 2.5 * sigma, near, far)
 
     slope_x, slope_y = (at(1, 0) - at(-1, 0)) / 2, (at(0, 1) - at(0, -1)) / 2
-    # Second differences over two cells, as the paper's code takes them: less moved by noise than over one.
+    # Second differences over two cells, as in the paper's code: less sensitive to noise than over one.
     curve_xx = (at(2, 0) - 2 * at(0, 0) + at(-2, 0)) / 4
     curve_yy = (at(0, 2) - 2 * at(0, 0) + at(0, -2)) / 4
     curve_xy = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
     determinant = curve_xx * curve_yy - curve_xy.square()
     inner = (x > 1) & (x < width - 2) & (y > 1) & (y < height - 2)
-    hill = inner & (determinant > 1e-9) & (curve_xx < 0)
-    divisor = torch.where(hill, determinant, 1.0)
+    concave = inner & (determinant > 1e-9) & (curve_xx < 0)
+    divisor = torch.where(concave, determinant, 1.0)
     step_x = (curve_xy * slope_y - curve_yy * slope_x) / divisor
     step_y = (curve_xy * slope_x - curve_xx * slope_y) / divisor
     step = torch.stack((step_x, step_y), dim=-1).clamp(-1.0, 1.0)
-    return coordinates + torch.where(hill[..., None], step, 0.0)
+    return coordinates + torch.where(concave[..., None], step, 0.0)
 
 
 def _smooth(heatmaps: Float32[Tensor, "batch joint height width"], sigma: float) -> Tensor:
-    """Convolution with a Gaussian, cut at 3 sigma, zeros around."""
+    """Convolve heatmaps with a Gaussian of `sigma` cells, cut at 3 sigma, with zeros outside."""
     radius = max(1, math.ceil(3 * sigma) - 1)
     offset = torch.arange(-radius, radius + 1, device=heatmaps.device, dtype=torch.float32)
     kernel = torch.softmax(-offset.square() / (2 * sigma**2), dim=0)
@@ -233,11 +260,14 @@ def flip_back(
     *,
     shift: bool = True,
 ) -> Float[Tensor, "batch joint height width"]:
-    """Heatmaps of the mirrored image as heatmaps of the original one.
+    """Map the heatmaps of a mirrored image back to the original image.
 
-    ``flip_index`` is the permutation that exchanges left and right joints. ``shift`` moves the result right by one
-    cell, keeping column 0: with the biased grid a mirrored crop is displaced by about one cell (see Huang et al.,
-    UDP, CVPR 2020). A tensor on the heatmaps' device avoids copying the permutation there on each call.
+    Args:
+        heatmaps: Heatmaps of the mirrored image.
+        flip_index: Permutation that exchanges left and right keypoints. A tensor on the device of the heatmaps avoids
+            copying it there in every call.
+        shift: Whether to move the result right by one cell, keeping column 0: on the biased grid a mirrored crop is
+            displaced by about one cell (Huang et al., UDP, CVPR 2020).
     """
     mirrored = _mirrored(heatmaps, flip_index)
     return torch.cat((mirrored[..., :1], mirrored[..., :-1]), dim=-1) if shift else mirrored
@@ -250,9 +280,9 @@ def fuse_flip(
     *,
     shift: bool = True,
 ) -> Float32[Tensor, "batch joint height width"]:
-    """The mean of the heatmaps of an image and, mapped back by :func:`flip_back`, those of its mirror image."""
+    """Average the heatmaps of an image with those of its mirror image, mapped back as by `flip_back`."""
     mirrored = _mirrored(flipped, flip_index).to(torch.float32)
-    total = heatmaps.to(torch.float32, copy=True)  # and added to in place: memory, not arithmetic, takes the time
+    total = heatmaps.to(torch.float32, copy=True)  # then added to in place: memory traffic dominates the time
     if shift:
         total[..., 1:] += mirrored[..., :-1]
         total[..., :1] += mirrored[..., :1]
@@ -266,12 +296,13 @@ def _mirrored(heatmaps: Tensor, flip_index: FlipIndex) -> Tensor:
 
 
 def fuse_flip_simcc(output: SimCC, flipped: SimCC, flip_index: FlipIndex) -> SimCC:
-    """The mean of the logits for an image and, mapped back, those for its mirror image.
+    """Average the logits for an image with those for its mirror image, mapped back.
 
-    Mirroring puts pixel x at width - 1 - x, so bin b at 2 width - 2 - b: after reversing one bin too far to the right.
+    Mirroring moves pixel x to width - 1 - x, and so bin b to 2 width - 2 - b: the reversed bins lie one bin too far to
+    the right.
     """
     exchange = torch.as_tensor(flip_index, device=output.x.device)
-    x, y = flipped.x.index_select(1, exchange).flip(-1), flipped.y.index_select(1, exchange)
+    x, y = _mirrored(flipped.x, exchange), flipped.y.index_select(1, exchange)
     excess = BINS_PER_PIXEL - 1
     x = torch.cat((x[..., excess:], x[..., -1:].expand(*x.shape[:-1], excess)), dim=-1)
     return SimCC(0.5 * (output.x.float() + x.float()), 0.5 * (output.y.float() + y.float()))
@@ -280,10 +311,15 @@ def fuse_flip_simcc(output: SimCC, flipped: SimCC, flip_index: FlipIndex) -> Sim
 def fuse_scales(
     heatmaps: Sequence[Float[Tensor, "batch joint height width"]], scales: Sequence[float], *, unbiased: bool = False
 ) -> Float32[Tensor, "batch joint height width"]:
-    """The mean, in the cells of the region at scale 1, of heatmaps of regions ``scales`` times as large, of one centre.
+    """Average heatmaps of regions of several scales around one centre, in the cells of the region at scale 1.
 
-    As multi-scale testing of networks for one person goes (Yang et al., Learning Feature Pyramids, ICCV 2017). A cell
-    that a smaller region does not show is the mean of those that do.
+    This is multi-scale testing (Yang et al., Learning Feature Pyramids, ICCV 2017). A cell that a smaller region does
+    not show is the mean over the regions that show it.
+
+    Args:
+        heatmaps: Heatmaps of each region, all of one shape.
+        scales: Size of each region, as a factor on the region at scale 1.
+        unbiased: Whether the cells are on UDP's grid.
     """
     if tuple(scales) == (1.0,):
         return heatmaps[0].to(torch.float32)
@@ -291,7 +327,7 @@ def fuse_scales(
     covered = torch.zeros_like(total)
     for maps, scale in zip(heatmaps, scales, strict=True):
         height, width = maps.shape[-2:]
-        # Where the centre of a region falls among its cells, as in decode_heatmaps.
+        # The cell coordinates of the region's centre, as in decode_heatmaps.
         middles = [(side - 1) / 2 if unbiased else side / 2 for side in (width, height)]
         x, y = (
             (torch.arange(side, device=maps.device) - middle) / scale + middle
@@ -313,36 +349,41 @@ def heatmap_accuracy(
     *,
     reference_norm: bool = True,
 ) -> Float32[Tensor, ""]:
-    """The share in [0, 1] of keypoints whose maximum lies near the target's: the accuracy logged in training.
+    """Return the share of keypoints whose maximum lies near the target's, 0 to 1: the accuracy logged in training.
 
-    A joint of a sample counts if its target's maximum is beyond cell 1 along both axes. It is right if the distance,
-    divided by a tenth of the heatmap's size, is below 0.5. The result is the mean over joints of each joint's share,
-    leaving out joints that never count; 0 if none does. The published code divides x by the height and y by the
-    width, which matters unless the heatmap is square; ``reference_norm=False`` divides each axis by its own size.
+    A keypoint counts if the maximum of its target is beyond cell 1 along both axes. It is correct if its distance,
+    divided by a tenth of the heatmap's size, is below 0.5. The result is the mean of the keypoints' shares, without
+    keypoints that never count; 0 if none counts.
+
+    Args:
+        predicted: Heatmaps of a network.
+        target: Heatmaps of the labels.
+        reference_norm: Whether to divide x by the height and y by the width, as the published code does, which matters
+            unless heatmaps are square. False: divide each axis by its own size.
     """
     height, width = predicted.shape[-2:]
     norm_x, norm_y = (height / 10, width / 10) if reference_norm else (width / 10, height / 10)
     found, _ = argmax_2d(predicted)
-    wanted, _ = argmax_2d(target)
-    offset_x, offset_y = (found - wanted).unbind(-1)
-    counts = (wanted > 1).all(dim=-1)
-    right = counts & (torch.hypot(offset_x / norm_x, offset_y / norm_y) < 0.5)
-    return _mean_share(right, counts)
+    truth, _ = argmax_2d(target)
+    offset_x, offset_y = (found - truth).unbind(-1)
+    counted = (truth > 1).all(dim=-1)
+    correct = counted & (torch.hypot(offset_x / norm_x, offset_y / norm_y) < 0.5)
+    return _mean_share(correct, counted)
 
 
 def simcc_accuracy(predicted: SimCC, target: SimCC) -> Float32[Tensor, ""]:
-    """:func:`heatmap_accuracy` for bins: right is a distance below a twentieth of the side, each axis by its own.
+    """Return `heatmap_accuracy` for bins: correct is a distance below a twentieth of the side, axis by axis.
 
-    A keypoint counts if the target's most probable bin is beyond the first pixel along both axes.
+    A keypoint counts if the most probable bin of its target is beyond the first pixel along both axes.
     """
-    pairs = [(found.argmax(dim=-1), wanted.argmax(dim=-1)) for found, wanted in zip(predicted, target, strict=True)]
-    offsets = [(place - truth) / (bins.shape[-1] / 10) for (place, truth), bins in zip(pairs, predicted, strict=True)]
-    counts = (pairs[0][1] > BINS_PER_PIXEL) & (pairs[1][1] > BINS_PER_PIXEL)
-    return _mean_share(counts & (torch.hypot(*offsets) < 0.5), counts)
+    pairs = [(found.argmax(dim=-1), truth.argmax(dim=-1)) for found, truth in zip(predicted, target, strict=True)]
+    offsets = [(found - truth) / (bins.shape[-1] / 10) for (found, truth), bins in zip(pairs, predicted, strict=True)]
+    counted = (pairs[0][1] > BINS_PER_PIXEL) & (pairs[1][1] > BINS_PER_PIXEL)
+    return _mean_share(counted & (torch.hypot(*offsets) < 0.5), counted)
 
 
-def _mean_share(right: Bool[Tensor, "batch joint"], counts: Bool[Tensor, "batch joint"]) -> Float32[Tensor, ""]:
-    """The mean over joints of each joint's share, leaving out joints that never count; 0 if none does."""
-    samples = counts.sum(dim=0)
-    share = right.sum(dim=0) / samples.clamp(min=1)
+def _mean_share(correct: Bool[Tensor, "batch joint"], counted: Bool[Tensor, "batch joint"]) -> Float32[Tensor, ""]:
+    """Return the mean over joints of each joint's share, without joints that are never counted; 0 if none is."""
+    samples = counted.sum(dim=0)
+    share = correct.sum(dim=0) / samples.clamp(min=1)
     return share.sum() / (samples > 0).sum().clamp(min=1)

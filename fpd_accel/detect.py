@@ -1,6 +1,6 @@
-"""Where the people are in a folder of images: boxes by torchvision's Faster R-CNN, in COCO's result format.
+"""Detect the people in a folder of images: boxes by torchvision's Faster R-CNN, in COCO's result format.
 
-The network is ``fasterrcnn_resnet50_fpn_v2`` (Ren et al., NeurIPS 2015; Li et al., arXiv 2111.11429) of COCO's classes,
+The network is `fasterrcnn_resnet50_fpn_v2` (Ren et al., NeurIPS 2015; Li et al., arXiv 2111.11429) for COCO's classes,
 with the weights that torchvision publishes or those of a file.
 """
 
@@ -17,15 +17,16 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
 
+from fpd_accel.console import console, track, warn
+from fpd_accel.data.coco import read_json
 from fpd_accel.data.detections import PERSON
 from fpd_accel.data.images import decode_image
 from fpd_accel.errors import DataError, WeightsError
 from fpd_accel.files import prepare_file, write_whole
-from fpd_accel.log import console, track, warn
-from fpd_accel.weights import load_weights
+from fpd_accel.weights.load import load_weights
 
 PUBLISHED = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
-NUM_CLASSES = 91  # COCO's, the background among them
+NUM_CLASSES = 91  # of COCO, including the background
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -39,17 +40,22 @@ def detect_people(
     device: str = "cpu",
     batch: int = 1,
 ) -> list[dict[str, Any]]:
-    """Write the boxes of the people in a folder's images to a JSON file, whole or not at all, and return them.
+    """Detect the people in a folder of images, write their boxes to a JSON file, and return the boxes.
+
+    The file is written whole or not at all.
 
     Args:
-        annotations: a COCO file whose ``images`` say which to look at and what their ids are; without it all images
-            of the folder, numbered by :func:`list_images`.
-        weights: of the detector, see :func:`load_detector`.
-        threshold: score from which on a box is written. For average precision low scores count too.
-        batch: images per forward; smaller ones are padded to the largest, which moves their boxes a little.
+        folder: The folder of images.
+        output: The JSON file to write.
+        annotations: COCO file whose `images` name the images and their ids; None: all images of the folder, with ids
+            from `list_images`.
+        weights: Weights of the detector, see `load_detector`.
+        threshold: Lowest score of a box that is written. Boxes of low score count in average precision too.
+        device: A torch device.
+        batch: Images per forward pass; smaller images are padded to the largest, which moves their boxes slightly.
 
     Raises:
-        UserError: folder, annotations, weights or device cannot be used, no image can be read, or ``output`` cannot be
+        UserError: Folder, annotations, weights or device cannot be used, no image can be read, or `output` cannot be
             written.
     """
     folder, output = Path(folder), Path(output)
@@ -61,13 +67,13 @@ def detect_people(
 
 
 def list_images(folder: Path, annotations: str | os.PathLike[str] | None = None) -> dict[str, int]:
-    """File name -> image id: those of an annotation file, or all images of the folder.
+    """Return the image ids by file name: those of an annotation file, or of all images of the folder.
 
-    Without annotations the id is the number at the end of the name, as in COCO's own file names, if every name has one
-    and no two the same; otherwise images are numbered from 1 in the order of their names.
+    Without annotations the id is the number at the end of the file name, as in COCO's own names, if every name has one
+    and all differ; otherwise images are numbered from 1 in the order of their names.
 
     Raises:
-        DataError: there is no such folder, no image in it, or the annotation file does not list images.
+        DataError: There is no such folder, no image in it, or the annotation file does not list images.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such image folder")
@@ -83,19 +89,14 @@ def list_images(folder: Path, annotations: str | os.PathLike[str] | None = None)
 
 
 def _listed_images(path: Path) -> dict[str, int]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such annotation file")
-    try:
-        dataset = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    dataset = read_json(path)
     listed = dataset.get("images") if isinstance(dataset, dict) else None
     if not isinstance(listed, list) or not listed:
         raise DataError(f"{path}: not a COCO annotation file: it has no list of images")
     images: dict[str, int] = {}
     for entry in listed:
-        known = isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("id"), int)
-        if not known:
+        valid = isinstance(entry, dict) and isinstance(entry.get("file_name"), str) and isinstance(entry.get("id"), int)
+        if not valid:
             raise DataError(f"{path}: images holds {entry!r}, without a file_name or an integer id")
         images[entry["file_name"]] = entry["id"]
     return images
@@ -104,17 +105,19 @@ def _listed_images(path: Path) -> dict[str, int]:
 def load_detector(
     weights: str | os.PathLike[str] | None = None, *, device: str = "cpu", threshold: float = 0.05, **options: Any
 ) -> nn.Module:
-    """Faster R-CNN in evaluation mode, for lists of RGB images (3, H, W) in 0..1 of any sizes.
+    """Return Faster R-CNN in evaluation mode, for lists of RGB images (3, H, W) in 0..1 of any sizes.
 
     Args:
-        weights: a ``.pth`` or ``.safetensors`` of this network, loaded strictly, nothing in it run; None: torchvision's
-            published ones, downloaded once into PyTorch's cache.
-        options: of torchvision's ``FasterRCNN``, such as ``min_size``, the pixels to which an image's shorter side is
-            brought (800).
+        weights: A `.pth` or `.safetensors` file for this network, loaded strictly and without running code from it;
+            None: torchvision's published weights, downloaded once into PyTorch's cache.
+        device: A torch device.
+        threshold: Lowest score of a box that the detector returns.
+        **options: Options of torchvision's `FasterRCNN`, such as `min_size`, the pixels to which the shorter side of an
+            image is resized (800).
 
     Raises:
-        WeightsError: the weights cannot be had, cannot be read, or do not fit.
-        DataError: the device cannot be used.
+        WeightsError: The weights cannot be downloaded, cannot be read, or do not fit.
+        DataError: The device cannot be used.
     """
     path = Path(weights) if weights is not None else download_weights()
     detector = fasterrcnn_resnet50_fpn_v2(
@@ -124,7 +127,7 @@ def load_detector(
         load_weights(detector, path)
     except WeightsError as error:
         raise WeightsError(
-            f"{error}\n  a detector is torchvision's fasterrcnn_resnet50_fpn_v2 of {NUM_CLASSES} classes"
+            f"{error}\n  the detector is torchvision's fasterrcnn_resnet50_fpn_v2 of {NUM_CLASSES} classes"
         ) from None
     try:
         return detector.to(device).eval()
@@ -133,16 +136,16 @@ def load_detector(
 
 
 def download_weights() -> Path:
-    """Torchvision's published weights, where PyTorch keeps what it downloads; fetched if they are not there yet.
+    """Return the path of torchvision's published weights in PyTorch's cache, after downloading them if necessary.
 
     Raises:
-        WeightsError: they cannot be fetched, or what came is not what was published.
+        WeightsError: The download fails, or its hash is not that of the published file.
     """
     name = PUBLISHED.url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
         return path
-    prefix = re.search(r"-([0-9a-f]+)\.", name)  # of the SHA-256, in the name of the file
+    prefix = re.search(r"-([0-9a-f]+)\.", name)  # the file name contains the start of the SHA-256
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
@@ -150,7 +153,7 @@ def download_weights() -> Path:
         )
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise WeightsError(
-            f"{PUBLISHED.url}: cannot be downloaded to {path} ({error}); fetch this file on a machine that can, and "
+            f"{PUBLISHED.url}: cannot be downloaded to {path} ({error}); download this file on another machine, and "
             "name it with --weights"
         ) from None
     return path
@@ -158,18 +161,24 @@ def download_weights() -> Path:
 
 @torch.inference_mode()
 def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, batch: int = 1) -> list[dict[str, Any]]:
-    """The people in some images of a folder: ``image_id, category_id, bbox, score`` and ``file_name`` of each.
+    """Return the people in images of a folder: `image_id`, `category_id`, `bbox`, `score` and `file_name` of each.
 
-    Boxes are (x, y, width, height) in pixels of the image as it is stored, its EXIF orientation ignored like everywhere
-    here. Images that cannot be read are skipped and counted in a warning.
+    Boxes are (x, y, width, height) in pixels of the image as stored; EXIF orientation is ignored, as everywhere in the
+    package. Images that cannot be read are skipped and counted in a warning.
+
+    Args:
+        detector: Network from a list of images to a list of dicts with `boxes`, `labels` and `scores`.
+        folder: The folder of images.
+        images: Image ids by file name.
+        batch: Images per forward pass.
 
     Raises:
-        DataError: none can be read.
+        DataError: No image can be read.
     """
     device = next(detector.parameters()).device
     boxes: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for names, pixels in _batches(folder, track(images, f"looking for people in {folder}"), batch, skipped):
+    for names, pixels in _batches(folder, track(images, f"detecting people in {folder}"), batch, skipped):
         found = detector([torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255 for image in pixels])
         for name, people in zip(names, found, strict=True):
             corners, scores = (people[key][people["labels"] == PERSON].cpu() for key in ("boxes", "scores"))
@@ -178,17 +187,17 @@ def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, 
                 person = {"image_id": images[name], "category_id": PERSON, "bbox": box, "score": round(score, 6)}
                 boxes.append({**person, "file_name": name})
     if len(skipped) == len(images):
-        raise DataError(f"{folder}: none of {len(images)} images can be read; looked first for {folder / skipped[0]}")
+        raise DataError(f"{folder}: none of {len(images)} images can be read; the first is {folder / skipped[0]}")
     if skipped:
-        warn(f"{len(skipped)} of {len(images)} images are missing or do not decode, {folder / skipped[0]} among them")
+        warn(f"{len(skipped)} of {len(images)} images are missing or do not decode, for example {folder / skipped[0]}")
     return boxes
 
 
 def _batches(
     folder: Path, names: Iterable[str], batch: int, skipped: list[str]
 ) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Names and RGB pixels of the images that can be read, so many at a time; the names of the others."""
-    chosen: list[str] = []
+    """Yield names and RGB pixels of readable images, `batch` at a time; append the names of the others to `skipped`."""
+    readable: list[str] = []
     pixels: list[np.ndarray] = []
     for name in names:
         try:
@@ -198,10 +207,10 @@ def _batches(
         if image is None:
             skipped.append(name)
             continue
-        chosen.append(name)
+        readable.append(name)
         pixels.append(image)
-        if len(chosen) == batch:
-            yield chosen, pixels
-            chosen, pixels = [], []
-    if chosen:
-        yield chosen, pixels
+        if len(readable) == batch:
+            yield readable, pixels
+            readable, pixels = [], []
+    if readable:
+        yield readable, pixels

@@ -1,67 +1,70 @@
-"""What a user can get wrong, as exceptions: the command line prints their message alone and exits with code 2."""
+"""Exceptions for problems that a user can correct: the command line prints the message alone and exits with code 2."""
 
 from typing import TypeVar
 
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells report it
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: not finished, but saved; the same command goes on
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: stopped and saved; running the same command again continues
 
 
-class Preempted(Exception):  # noqa: N818 - nothing is wrong
-    """A run was asked to stop and has saved where it is; started again, it goes on. No :class:`UserError`."""
+class Preempted(Exception):  # noqa: N818 - not an error
+    """A run that was asked to stop and has saved a checkpoint, from which the same command continues.
 
-    agreed = False  # as of a UserError
+    It is no `UserError`: nothing is wrong.
+    """
+
+    raised_everywhere = False  # as in `UserError`
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong. The message names the path, what is wrong with it and what to do."""
+    """A problem outside the program. The message names the file or setting, what is wrong with it and what to do."""
 
-    local = False  # True: only this process met it, so that it has to say so itself, whatever its rank
-    agreed = False  # True: every process raises it, so that the first alone has to say it
+    this_rank_only = False  # True: only this process met the problem, so it prints the message, whatever its rank
+    raised_everywhere = False  # True: all processes raise the error at the same place, so rank 0 alone prints it
 
 
 class ConfigError(UserError):
-    """A recipe or skeleton cannot be used; the message lists every mistake with its dotted path."""
+    """A recipe or skeleton that cannot be used; the message lists every mistake with its dotted path."""
 
 
 class DataError(UserError):
-    """A dataset, annotation file, image folder or set of shards cannot be used."""
+    """A dataset, annotation file, image folder or set of shards that cannot be used."""
 
 
 class ModelError(UserError):
-    """No such architecture, or an input that the architecture cannot take."""
+    """An unknown architecture, an input that it cannot take, or a network with outputs of another form."""
 
 
 class WeightsError(UserError):
-    """A weights file does not exist, cannot be read safely, or does not fit the model."""
+    """A weights file that does not exist, cannot be read safely, or does not fit the model."""
 
 
 class CheckpointError(UserError):
-    """A run directory or checkpoint cannot be resumed."""
+    """A run directory or checkpoint that cannot be written or resumed."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on: the loss is no longer finite, or the processes are not what the launcher promised."""
+    """Training that cannot continue: the loss is not finite, or processes differ from what the launcher promised."""
 
 
 class BenchError(UserError):
-    """A measurement would be worthless: what is compared does not compute the same."""
+    """A benchmark that would be meaningless, because the variants do not compute the same result."""
 
 
 Failure = TypeVar("Failure", UserError, Preempted)
 
 
-def said(error: UserError | Preempted) -> str:
-    """Its message; without the traceback that one from a loader process comes with."""
+def message_of(error: UserError | Preempted) -> str:
+    """Return the message of an error, without the traceback that PyTorch adds to one from a loader process."""
     return str(error).rstrip().rsplit(f"{type(error).__name__}: ", 1)[-1]
 
 
-def local(error: UserError) -> UserError:
-    """The error, as one that only this process has met."""
-    error.local = True
+def this_rank_only(error: UserError) -> UserError:
+    """Mark an error that only this process has met, and return it."""
+    error.this_rank_only = True
     return error
 
 
-def agreed(error: Failure) -> Failure:
-    """The error, as one that every process raises at the same place."""
-    error.agreed = True
+def raised_everywhere(error: Failure) -> Failure:
+    """Mark an error that all processes raise at the same place, and return it."""
+    error.raised_everywhere = True
     return error

@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors, computed in float32 whatever the precision of their arguments.
 
-A loss here is a mean of half squared errors in which the weight multiplies prediction and target alike and so enters
-squared, and in which joints of weight zero still count in the denominator: the conventions of Xiao et al. (Simple
+The squared losses are means of half squared errors. The weight multiplies both prediction and target, so it enters
+squared; keypoints of weight zero still count in the denominator. These are the conventions of Xiao et al. (Simple
 Baselines, ECCV 2018), on which published learning rates depend.
 """
 
@@ -16,15 +16,15 @@ from fpd_accel.outputs import Output, SimCC
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of the objective, and the outputs they compare, for accuracy and pictures."""
+    """The terms of the objective, and the outputs that they compare, for accuracy and pictures."""
 
     total: Float[Tensor, ""]
-    pose: Float[Tensor, ""]  # against the labels
-    kd: Float[Tensor, ""]  # against the teacher; 0 without one
-    kd_unlabelled: Float[Tensor, ""]  # the part of `kd` that people without labels have
+    pose: Float[Tensor, ""]  # loss against the labels
+    kd: Float[Tensor, ""]  # loss against the teacher; 0 without one
+    kd_unlabelled: Float[Tensor, ""]  # the part of `kd` from people without labels
     predicted: Output  # the student's last stage, detached
-    target: Output
-    taught: Output | None  # the teacher's last stage; None without one
+    target: Output  # the codec's encoding of the labels
+    teacher_output: Output | None  # the teacher's last stage; None without a teacher
 
 
 def heatmap_mse(
@@ -32,10 +32,10 @@ def heatmap_mse(
     target: Float[Tensor, "batch joint height width"],
     weight: Float[Tensor, "batch joint"],
 ) -> Float32[Tensor, ""]:
-    """Half the mean, over samples, joints and cells, of ``(weight * predicted - weight * target)²``.
+    """Return half the mean over samples, joints and cells of `(weight * predicted - weight * target)²`.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: The shapes do not fit each other.
     """
     return _joint_errors(predicted, target, weight).mean()
 
@@ -46,12 +46,12 @@ def heatmap_ohkm(
     weight: Float[Tensor, "batch joint"],
     top_k: int = 8,
 ) -> Float32[Tensor, ""]:
-    """:func:`heatmap_mse` of only the ``top_k`` joints of each sample that have the largest error.
+    """Return `heatmap_mse` over the `top_k` joints of each sample with the largest errors.
 
-    Online hard keypoint mining (Chen et al., Cascaded Pyramid Network, CVPR 2018, section 3.2).
+    This is online hard keypoint mining (Chen et al., Cascaded Pyramid Network, CVPR 2018, section 3.2).
 
     Raises:
-        ValueError: the shapes do not fit each other, or ``top_k`` is not between 1 and the number of joints.
+        ValueError: The shapes do not fit each other, or `top_k` is not between 1 and the number of joints.
     """
     errors = _joint_errors(predicted, target, weight)
     if not 1 <= top_k <= errors.shape[1]:
@@ -64,9 +64,9 @@ def _joint_errors(
     target: Float[Tensor, "batch joint height width"],
     weight: Float[Tensor, "batch joint"],
 ) -> Float32[Tensor, "batch joint"]:
-    """Half the weighted mean squared error of each heatmap."""
+    """Return half the weighted mean squared error of each heatmap."""
     _check_shapes(predicted, target, weight)
-    # The weight is constant over a heatmap: applied after the mean it saves two passes over the cells.
+    # The weight is constant over a heatmap: applying it after the mean saves two passes over the cells.
     squared = (predicted.float() - target.float()).square().mean(dim=(2, 3))
     return 0.5 * weight.float().square() * squared
 
@@ -78,14 +78,15 @@ def heatmap_kl(
     *,
     temperature: float = 0.1,
 ) -> Float32[Tensor, ""]:
-    """The mean over samples and joints of ``weight * temperature² * KL(target || predicted)``, nats.
+    """Return the mean over samples and joints of `weight * temperature² * KL(target || predicted)`, in nats.
 
-    A heatmap becomes a distribution over its cells by a softmax of its values over ``temperature``: at 0.1 a peak of
-    height 1 outweighs the 3,072 cells of a flat 64 x 48 map. The square keeps the gradient's size from depending on the
-    temperature (Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.1).
+    A heatmap becomes a distribution over its cells by a softmax of its values divided by `temperature`: at 0.1 a peak
+    of height 1 outweighs the 3,072 cells of a flat 64 x 48 map. The factor `temperature²` makes the size of the
+    gradient independent of the temperature (Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015,
+    section 2.1).
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: The shapes do not fit each other.
     """
     _check_shapes(predicted, target, weight)
     log_predicted, log_target = (
@@ -98,13 +99,19 @@ def heatmap_kl(
 def simcc_kl(
     predicted: SimCC, target: SimCC, weight: Float[Tensor, "batch joint"], *, temperature: float = 1.0
 ) -> Float32[Tensor, ""]:
-    """The mean over samples and joints of ``weight * temperature² * KL(target || softmax(predicted / temperature))``.
+    """Return the mean of `weight * temperature² * KL(target || softmax(predicted / temperature))`, in nats.
 
-    Both axes are averaged; nats. ``predicted`` are logits, ``target`` probabilities, all zero for a joint that does not
-    count (Li et al., SimCC, ECCV 2022, section 3.3, and for a teacher's target Yang et al., DWPose, ICCVW 2023).
+    The mean is over samples, joints and both axes (Li et al., SimCC, ECCV 2022, section 3.3; for a teacher's target
+    Yang et al., DWPose, ICCVW 2023).
+
+    Args:
+        predicted: Logits.
+        target: Probabilities; all zero for a joint that does not count.
+        weight: Weight of each joint.
+        temperature: Divisor of the logits.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: The shapes do not fit each other.
     """
     divergence = torch.zeros_like(weight, dtype=torch.float32)
     for logits, probabilities in zip(predicted, target, strict=True):
@@ -120,19 +127,22 @@ def marginals(
     *,
     sharpness: tuple[float, float] = (1.0, 1.0),
 ) -> SimCC:
-    """What heatmaps say about each axis alone, as SimCC's probabilities: their positive part, summed and normalised.
+    """Return the marginal distributions of heatmaps along each axis, as probabilities over SimCC's bins.
+
+    The positive part of a heatmap is summed along the other axis and normalised. A heatmap without a positive value
+    gives zeros.
 
     Args:
-        bins: along x and along y; bin 0 and cell 0 both stand at the input's first pixel.
-        sharpness: power along x and along y taken before normalising; a Gaussian becomes narrower by its square root.
-
-    A heatmap without a positive value gives zeros.
+        heatmaps: Heatmaps of a teacher.
+        bins: Number of bins along x and along y; bin 0 and cell 0 both lie at the first pixel of the input.
+        sharpness: Exponents along x and along y, applied before normalising: a Gaussian becomes narrower by the square
+            root of the exponent.
     """
     positive = heatmaps.float().clamp(min=0)
     axes = []
     for profile, count, power in zip((positive.sum(dim=2), positive.sum(dim=3)), bins, sharpness, strict=True):
         peak = profile.amax(dim=-1, keepdim=True)
-        # Of logarithms, so that a Gaussian between the cells is still that Gaussian: they are parabolas.
+        # Interpolate logarithms: those of a Gaussian are a parabola, so it stays a Gaussian between the cells.
         logs = (profile / peak.clamp(min=1e-12)).clamp(min=1e-4).log()
         powers = power * (logs @ _cubic_weights(profile.shape[-1], count, profile.device))
         axes.append(torch.where(peak > 0, powers.softmax(dim=-1), 0.0))
@@ -140,25 +150,29 @@ def marginals(
 
 
 def _cubic_weights(cells: int, bins: int, device: torch.device) -> Float32[Tensor, "cells bins"]:
-    """Cubic convolution (Keys, 1981), exact for parabolas, from cells to bins that lie ``cells / bins`` cells apart."""
+    """Return the matrix that interpolates from cells to bins, which lie `cells / bins` cells apart.
+
+    Cubic convolution (Keys, 1981) is exact for parabolas.
+    """
     place = torch.arange(bins, device=device) * (cells / bins)
     left = place.floor()
     t = place - left
     weights = torch.zeros(cells, bins, device=device)
-    taps = (  # of the cells from one to the left of `left` to two to its right
+    # Weights of the four cells from one left of `left` to two right of it.
+    taps = (
         (-t + 2 * t**2 - t**3) / 2,
         (2 - 5 * t**2 + 3 * t**3) / 2,
         (t + 4 * t**2 - 3 * t**3) / 2,
         (t**3 - t**2) / 2,
     )
     for offset, tap in enumerate(taps, start=-1):
-        cell = (left.long() + offset).clamp(0, cells - 1)  # the border cell goes on outside
+        cell = (left.long() + offset).clamp(0, cells - 1)  # the border cell is repeated outside
         weights.scatter_add_(0, cell[None], tap[None])
     return weights
 
 
 def _check_shapes(predicted: Tensor, target: Tensor, weight: Tensor) -> None:
-    """Broadcasting would make a wrong number of them in silence."""
+    """Refuse shapes that broadcasting would combine into a wrong result without an error."""
     if predicted.shape != target.shape or predicted.shape[:2] != weight.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (predicted, target, weight))
         raise ValueError(f"expected shapes (B, K, ...), the same again and (B, K), not {shapes}")

@@ -1,6 +1,6 @@
-"""Measures of poses: PCK and COCO's average precision; with those of ``similarity.py`` under one roof.
+"""Metrics of poses: PCK, PCKh and COCO's average precision; the functions of `oks.py` are available here too.
 
-NumPy only, but for :func:`heatmap_pck`. Keypoints are (x, y), with or without a score; lengths are in pixels, areas in
+NumPy only, except for `heatmap_pck`. Keypoints are (x, y), with or without a score; lengths are in pixels, areas in
 square pixels.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, Real, Shaped
 
 from fpd_accel.errors import DataError
-from fpd_accel.similarity import Sigmas, oks, oks_nms, oks_nms_by_image, soft_oks_nms, soft_oks_nms_by_image
+from fpd_accel.oks import Sigmas, oks, oks_nms, oks_nms_by_image, soft_oks_nms, soft_oks_nms_by_image
 from fpd_accel.skeleton import COCO, MPII
 
 __all__ = [
@@ -26,7 +26,7 @@ MPII_GROUPS = {"Head": ("head_top",)} | {
     name: (f"left_{name.lower()}", f"right_{name.lower()}")
     for name in ("Shoulder", "Elbow", "Wrist", "Hip", "Knee", "Ankle")
 }
-MPII_THRESHOLDS = {"PCKh@0.5": 0.5, "PCKh@0.1": 0.1, "Mean@0.1 (original, 0.11)": 0.11}  # shares of the head's size
+MPII_THRESHOLDS = {"PCKh@0.5": 0.5, "PCKh@0.1": 0.1, "Mean@0.1 (original, 0.11)": 0.11}  # shares of the head size
 AP_NAMES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
 
 
@@ -34,15 +34,18 @@ AP_NAMES = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", 
 class PCK:
     """Percentages of correct keypoints, 0 to 100."""
 
-    per_joint: Float[np.ndarray, " joint"]  # not-a-number for a joint that no person shows
-    mean: float  # over joints, weighted by how often each is counted; not-a-number if none is
-    counted: Int[np.ndarray, " joint"]  # people who show the joint
+    per_joint: Float[np.ndarray, " joint"]  # not-a-number for a joint that is never visible
+    mean: float  # over joints, weighted by `counted`; not-a-number if no joint is counted
+    counted: Int[np.ndarray, " joint"]  # number of people in whom the joint is visible
 
 
 def rescore(
     keypoint_scores: Real[np.ndarray, "person joint"], box_scores: Real[np.ndarray, " person"], threshold: float = 0.2
 ) -> Float[np.ndarray, " person"]:
-    """Scores of poses: the mean of the keypoint scores above ``threshold`` (0 if none is) times the box's score."""
+    """Return scores of poses: the score of the box times the mean of the keypoint scores above `threshold`.
+
+    The mean is 0 if no keypoint score is above the threshold.
+    """
     confident = keypoint_scores > threshold
     total = np.where(confident, keypoint_scores, 0.0).sum(axis=1, dtype=np.float64)
     return total / np.maximum(confident.sum(axis=1), 1) * box_scores
@@ -53,8 +56,8 @@ def heatmap_pck(
     target: Float[Any, "batch joint height width"],
     reference_norm: bool = True,
 ) -> float:
-    """:func:`fpd_accel.decode.heatmap_accuracy` of arrays or tensors, as a number in [0, 1]."""
-    import torch  # here alone: the rest of this module needs NumPy only
+    """Return `fpd_accel.decode.heatmap_accuracy` of arrays or tensors as a number, 0 to 1."""
+    import torch  # only here: the rest of this module needs NumPy alone
 
     from fpd_accel.decode import heatmap_accuracy
 
@@ -71,10 +74,17 @@ def pck(
     *,
     excluded: Sequence[int] = (),
 ) -> PCK:
-    """Percentage of visible keypoints within ``threshold * length`` of the truth (Yang and Ramanan, TPAMI 2013).
+    """Return the percentage of visible keypoints within `threshold * length` of the truth.
 
-    ``lengths`` normalises each person; people whose length is not a positive number are left out. Joints ``excluded``
-    have their own percentage but no part in the mean.
+    PCK is the measure of Yang and Ramanan (TPAMI 2013).
+
+    Args:
+        predicted: Keypoints of a network.
+        truth: Annotated keypoints.
+        lengths: Normalising length of each person, pixels; people without a positive finite length are left out.
+        visible: Above 0 where a keypoint counts.
+        threshold: Share of the length.
+        excluded: Joints that get their own percentage but do not count in the mean.
     """
     usable = np.isfinite(lengths) & (lengths > 0)
     shown = (visible > 0) & usable[:, None]
@@ -99,10 +109,16 @@ def pckh(
     *,
     excluded: Sequence[int] | None = None,
 ) -> PCK:
-    """PCK normalised by the length of the head segment (Andriluka et al., MPII Human Pose, CVPR 2014).
+    """Return PCK normalised by the length of the head segment (Andriluka et al., MPII Human Pose, CVPR 2014).
 
-    ``head_sizes`` are diagonals of the head boxes, in pixels, already times MPII's factor of 0.6. By default pelvis
-    and thorax (6 and 7) of the 16 joints of MPII have no part in the mean; with other joint counts all have.
+    Args:
+        predicted: Keypoints of a network.
+        truth: Annotated keypoints.
+        head_sizes: Diagonals of the head boxes, already multiplied by MPII's factor of 0.6, pixels.
+        visible: Above 0 where a keypoint counts.
+        threshold: Share of the head size.
+        excluded: Joints that do not count in the mean; None: pelvis and thorax (6 and 7) if there are 16 joints, as
+            MPII has, else none.
     """
     if excluded is None:
         excluded = (6, 7) if predicted.shape[1] == 16 else ()
@@ -115,30 +131,32 @@ def mpii_scores(
     head_sizes: Real[np.ndarray, " person"],
     visible: Shaped[np.ndarray, "person 16"],
 ) -> dict[str, float]:
-    """The table of MPII in percent, by name: PCKh of each group of joints, and of all.
+    """Return MPII's table in percent, by name: PCKh of each group of joints, and of all joints.
 
-    ``PCKh_<group>@0.5`` is the mean of left and right. ``PCKh@0.5`` and ``PCKh@0.1`` are means over joints, each
-    weighted by how often it is labelled, pelvis and thorax left out. The published code measures what it calls
-    ``Mean@0.1`` at 0.11; that has a name of its own here. Not-a-number for what nobody shows.
+    `PCKh_<group>@0.5` is the mean of left and right. `PCKh@0.5` and `PCKh@0.1` are means over joints, weighted by how
+    often each is visible, without pelvis and thorax. The `Mean@0.1` of the published code is measured at 0.11, so it
+    has a separate name here. A value is not-a-number where no joint is visible.
+
+    Args:
+        predicted: Keypoints of a network.
+        truth: Annotated keypoints.
+        head_sizes: Diagonals of the head boxes, already multiplied by MPII's factor of 0.6, pixels.
+        visible: Above 0 where a keypoint counts.
     """
-    measured = {
+    measures = {
         name: pckh(predicted, truth, head_sizes, visible, threshold) for name, threshold in MPII_THRESHOLDS.items()
     }
-    per_joint = measured["PCKh@0.5"].per_joint
+    per_joint = measures["PCKh@0.5"].per_joint
     groups = {
         f"PCKh_{group}@0.5": float(per_joint[[MPII.index(name) for name in names]].mean())
         for group, names in MPII_GROUPS.items()
     }
-    return groups | {name: measure.mean for name, measure in measured.items()}
+    return groups | {name: measure.mean for name, measure in measures.items()}
 
 
 @contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """While people are lists and dictionaries by the hundred thousand, of which none is garbage.
-
-    Python's collector would look through all of them again and again: two thirds of the time, and growing faster than
-    they do.
-    """
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection: it would rescan 100,000 live dicts, two thirds of the evaluation time."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -148,19 +166,23 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
-@without_collection()
+@gc_paused()
 def average_precision(
     ground_truth: dict[str, Any], results: list[dict[str, Any]], sigmas: Sigmas = COCO.sigmas
 ) -> dict[str, float]:
-    """COCO's ten keypoint measures, 0 to 1, by name; -1 where the ground truth holds nobody of that size.
+    """Return COCO's ten keypoint measures, 0 to 1, by name; -1 where no annotated person has that size.
 
-    ``ground_truth`` is a COCO dataset; ``results`` are dicts with ``image_id``, ``category_id``, ``keypoints`` (x, y,
-    score of each joint, flat) and ``score``; other entries, like a box or an area, have no influence. All measures
-    are 0 without results. Neither argument is changed, and nothing is printed.
+    All measures are 0 without results. Neither argument is changed, and nothing is printed.
+
+    Args:
+        ground_truth: A COCO dataset.
+        results: Dicts with `image_id`, `category_id`, `keypoints` (x, y, score of each joint, flat) and `score`; other
+            entries, such as a box or an area, have no influence.
+        sigmas: Standard deviation of each joint, see `Skeleton.sigmas`.
 
     Raises:
-        DataError: a result names an unknown image, lacks an entry, or has another number of joints than ``sigmas``; or
-            an annotation has, or has neither area nor box.
+        DataError: A result names an unknown image, lacks an entry, or has another number of joints than `sigmas`; or an
+            annotation has another number of joints, or neither area nor box.
     """
     if not results:
         return dict.fromkeys(AP_NAMES, 0.0)
@@ -182,9 +204,9 @@ def average_precision(
 
 
 def _evaluation_annotations(annotations: Iterable[dict[str, Any]], joints: int) -> list[dict[str, Any]]:
-    """Copies that pycocotools may write to, with what it insists on and custom datasets often leave out.
+    """Return copies that pycocotools may write to, with entries that it requires and custom datasets often leave out.
 
-    Numbered from 1: pycocotools takes a match with annotation 0 for no match.
+    Copies are numbered from 1, because pycocotools takes a match with annotation 0 for no match.
     """
     copies = []
     for number, annotation in enumerate(annotations, start=1):
@@ -192,7 +214,7 @@ def _evaluation_annotations(annotations: Iterable[dict[str, Any]], joints: int) 
         if len(keypoints) not in (0, 3 * joints):
             raise DataError(f"{name}: {len(keypoints)} keypoint values, not 3 for each of {joints} joints")
         if "area" not in annotation and "bbox" not in annotation:
-            raise DataError(f"{name}: neither area nor bbox, so that distances have no scale")
+            raise DataError(f"{name}: neither area nor bbox, so OKS has no scale")
         box = annotation.get("bbox", (0.0, 0.0, 0.0, 0.0))
         shown = int(np.count_nonzero(keypoints[2::3]))
         defaults = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0, "num_keypoints": shown}
@@ -201,7 +223,7 @@ def _evaluation_annotations(annotations: Iterable[dict[str, Any]], joints: int) 
 
 
 def _evaluation_results(results: Iterable[dict[str, Any]], images: set[Any], joints: int) -> list[dict[str, Any]]:
-    """Copies of results with only the entries by which pycocotools recognises keypoints and derives their area."""
+    """Return copies with only the entries by which pycocotools recognises keypoints and derives their area."""
     names = ("image_id", "category_id", "keypoints", "score")
     copies = []
     for number, result in enumerate(results):

@@ -1,4 +1,4 @@
-"""What a stage of a pose network puts out: heatmaps, a tensor (B, K, h, w), or SimCC's pair of distributions."""
+"""The outputs of a pose network's stages: heatmaps, a tensor (B, K, h, w), or SimCC's pair of distributions."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,24 +6,25 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-STRIDE = 4  # input pixels per heatmap cell, of every network here
-BINS_PER_PIXEL = 2  # SimCC's k
+STRIDE = 4  # input pixels per heatmap cell along each axis, in every architecture of the package
+BINS_PER_PIXEL = 2  # SimCC's splitting factor k
 
 
 class SimCC(NamedTuple):
-    """Keypoints as one distribution over bins along each axis (Li et al., SimCC, ECCV 2022).
+    """One distribution per keypoint over the bins of each axis (Li et al., SimCC, ECCV 2022).
 
-    Logits where a network put them out, probabilities where a codec or a teacher's heatmaps made them.
+    A network returns logits. Codecs return probabilities, and so does `marginals` of a teacher's heatmaps.
     """
 
     x: Float[Tensor, "batch joint x_bin"]
     y: Float[Tensor, "batch joint y_bin"]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "SimCC":
+        """Apply a function to both distributions."""
         return SimCC(function(self.x), function(self.y))
 
     def softmax(self) -> "SimCC":
-        """Probabilities, float32, of logits."""
+        """Convert logits to probabilities, float32."""
         return self.map(lambda logits: logits.float().softmax(dim=-1))
 
 
@@ -31,12 +32,12 @@ Output = Float[Tensor, "batch joint heatmap_height heatmap_width"] | SimCC
 
 
 def each(output: Output, function: Callable[[Tensor], Tensor]) -> Output:
-    """The same function of the heatmaps, or of both distributions."""
+    """Apply a function to heatmaps, or to both distributions of SimCC."""
     return output.map(function) if isinstance(output, SimCC) else function(output)
 
 
 def mean_output(stages: tuple[Output, ...]) -> Output:
-    """The mean over stages, float32; the stages have one shape."""
+    """Return the mean over stages of one shape, float32."""
     if isinstance(stages[0], SimCC):
         pairs = [stage for stage in stages if isinstance(stage, SimCC)]
         return SimCC(*(sum(axis.float() for axis in axes) / len(pairs) for axes in zip(*pairs, strict=True)))

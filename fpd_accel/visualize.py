@@ -1,7 +1,6 @@
-"""Skeletons and heatmaps as pictures: RGB, uint8, (height, width, 3)."""
+"""Draw skeletons and heatmaps as RGB pictures: uint8, (height, width, 3)."""
 
 import colorsys
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,16 +14,22 @@ from torch.nn import functional as F
 from fpd_accel.codecs import PoseCodec, SimCCCodec
 from fpd_accel.data.batch import Batch
 from fpd_accel.decode import decode
+from fpd_accel.errors import DataError
 from fpd_accel.files import write_whole
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.skeleton import Skeleton
 
-FLAT_SIMCC = 0.05  # above the score of a distribution without a peak
+# Above the score of a flat SimCC distribution, 0.44 / sqrt(longer side in pixels), for longer sides of at least 80 px
+# and the default sigma.
+MIN_SIMCC_SCORE = 0.05
 Picture = UInt8[np.ndarray, "height width 3"]
 
 
 def keypoint_colors(skeleton: Skeleton) -> list[tuple[int, int, int]]:
-    """A colour per keypoint: warm for left, cool for right, green between, so that exchanged sides show at once."""
+    """Return RGB colours (0-255) of the keypoints, in the skeleton's order.
+
+    Left is warm, right cool and the rest green, so that swapped left and right stand out.
+    """
     left, right = {a for a, _ in skeleton.flip_pairs}, {b for _, b in skeleton.flip_pairs}
     count = max(skeleton.num_keypoints, 1)
     colors = []
@@ -36,24 +41,37 @@ def keypoint_colors(skeleton: Skeleton) -> list[tuple[int, int, int]]:
 
 
 def draw_skeleton(
-    picture: Picture, keypoints: Float[np.ndarray, "joint 2"], shown: Bool[np.ndarray, " joint"], skeleton: Skeleton
+    picture: Picture, keypoints: Float[np.ndarray, "joint 2"], is_shown: Bool[np.ndarray, " joint"], skeleton: Skeleton
 ) -> Picture:
-    """A copy with the limbs between ``shown`` keypoints as lines and the keypoints as dots."""
+    """Return a copy of the picture with keypoints as dots and the limbs between them as lines.
+
+    Args:
+        picture: The picture to draw on.
+        keypoints: Finite (x, y) in pixels of the picture.
+        is_shown: Whether to draw each keypoint. A limb is drawn if both its ends are.
+        skeleton: Names, limbs and left-right pairs of the keypoints.
+    """
     canvas = picture.copy()
     thickness = max(1, round(min(picture.shape[:2]) / 120))
     colors = keypoint_colors(skeleton)
-    points = [(round(float(x) * 16), round(float(y) * 16)) for x, y in np.clip(keypoints, -1e4, 1e4)]  # 1/16 pixels
+    near = np.clip(keypoints, -1e4, 1e4)  # OpenCV takes 32-bit coordinates
+    points = [(round(float(x) * 16), round(float(y) * 16)) for x, y in near]  # in 1/16 pixels
     for a, b in skeleton.limb_indices:
-        if shown[a] and shown[b]:
+        if is_shown[a] and is_shown[b]:
             cv2.line(canvas, points[a], points[b], colors[b], thickness, cv2.LINE_AA, shift=4)
-    for point, color, visible in zip(points, colors, shown, strict=True):
-        if visible:
+    for point, color, drawn in zip(points, colors, is_shown, strict=True):
+        if drawn:
             cv2.circle(canvas, point, 16 * (thickness + 1), color, -1, cv2.LINE_AA, shift=4)
     return canvas
 
 
 def draw_heatmaps(picture: Picture, heatmaps: Float[np.ndarray, "joint h w"]) -> Picture:
-    """The strongest response of any keypoint, as a colour map over the darkened picture; 0 is blue, 1 is red."""
+    """Blend a JET map of the maximum over joints, resized to the picture, 60:40 with the picture.
+
+    Args:
+        picture: The picture that shows through.
+        heatmaps: Heatmaps of h x w cells, any size; values are clipped to [0, 1], of which 0 is blue and 1 red.
+    """
     height, width = picture.shape[:2]
     strongest = cv2.resize(heatmaps.max(axis=0).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     levels = (255 * np.clip(strongest, 0, 1)).astype(np.uint8)
@@ -64,17 +82,29 @@ def draw_heatmaps(picture: Picture, heatmaps: Float[np.ndarray, "joint h w"]) ->
 def comparison(
     batch: Batch, sources: Mapping[str, tuple[Output, PoseCodec]], skeleton: Skeleton, *, people: int = 6
 ) -> Picture:
-    """A row for each of the first people of a batch: for every source the skeleton it sees and its heatmaps.
+    """Draw a row for each of the first people of a batch, with skeleton and heatmaps of every source side by side.
+
+    Of the keypoints, those are drawn that are labelled and score above 0, or for SimCC above `MIN_SIMCC_SCORE`.
 
     Args:
-        sources: name -> output for the batch, and the codec that it belongs to.
+        batch: The batch whose crops are shown; at least one.
+        sources: (output for the batch, its codec) by name, such as target, student and teacher; columns follow the
+            mapping's order. Heatmaps range over [0, 1]. SimCC outputs must be logits, so pass targets as
+            log-probabilities.
+        skeleton: The skeleton of the dataset.
+        people: Maximum number of people, at least 1.
+
+    Returns:
+        A picture of 22 + zoom * height * rows by 2 * zoom * width * sources pixels, for crops of height x width pixels,
+        which are enlarged by a whole factor, the zoom, to about 256 rows; larger crops keep their size.
     """
     height, width = batch.crops.shape[1:3]
-    zoom = max(1, round(256 / height))
-    middle = torch.tensor([width / 2, height / 2]).expand(len(batch), 2)
-    whole = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
+    zoom = max(1, round(256 / height))  # to about 256 rows
+    # The whole crop as region, so that decoded keypoints are in crop pixels.
+    crop_centers = torch.tensor([width / 2, height / 2]).expand(len(batch), 2)
+    crop_sizes = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
     outputs = {name: (_on_host(output), codec) for name, (output, codec) in sources.items()}
-    decoded = {name: decode(output, codec, middle, whole) for name, (output, codec) in outputs.items()}
+    decoded = {name: decode(output, codec, crop_centers, crop_sizes) for name, (output, codec) in outputs.items()}
     maps = {name: _as_heatmaps(output, codec) for name, (output, codec) in outputs.items()}
     labelled = batch.visible.cpu().numpy() > 0
     rows = []
@@ -83,10 +113,11 @@ def comparison(
         cells = []
         for name, heatmaps in maps.items():
             keypoints, scores = (part[i].numpy() for part in decoded[name])
-            least = FLAT_SIMCC if isinstance(outputs[name][1], SimCCCodec) else 0.0
-            shown = labelled[i] & (scores > least)  # a target outside the crop is empty
+            # An empty target (keypoint outside the crop) scores 0, or about as a flat distribution for SimCC.
+            threshold = MIN_SIMCC_SCORE if isinstance(outputs[name][1], SimCCCodec) else 0.0
+            is_shown = labelled[i] & (scores > threshold)
             cells += [
-                draw_skeleton(large, keypoints * zoom, shown, skeleton),
+                draw_skeleton(large, keypoints * zoom, is_shown, skeleton),
                 draw_heatmaps(large, heatmaps[i].numpy()),
             ]
         rows.append(np.concatenate(cells, axis=1))
@@ -102,25 +133,34 @@ def _on_host(output: Output) -> Output:
 
 
 def _as_heatmaps(output: Output, codec: PoseCodec) -> Tensor:
-    """Heatmaps as they are; of SimCC's logits the product of both distributions, in units of its label's peak."""
+    """Return heatmaps (B, K, h, w).
+
+    SimCC logits become probabilities, averaged per cell and divided by the target's peak; a heatmap is the outer
+    product of both axes, at most 1.
+    """
     if not isinstance(output, SimCC):
         return output
     assert isinstance(codec, SimCCCodec)
-    peaks = (1 / (sigma * math.sqrt(2 * math.pi)) for sigma in codec.sigmas)
-    pairs = zip(output.softmax(), peaks, strict=True)
+    pairs = zip(output.softmax(), codec.peaks, strict=True)
     x, y = (F.avg_pool1d(axis, STRIDE * BINS_PER_PIXEL) / peak for axis, peak in pairs)
     return (y[..., :, None] * x[..., None, :]).clamp(max=1.0)
 
 
 def save_picture(path: Path, picture: Picture) -> None:
-    """Write a PNG or JPEG, by the suffix of ``path``; whole or not at all.
+    """Write a picture file, whole or not at all; the suffix of `path` (.png, .jpg or .jpeg) names the format.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: The suffix is not that of a picture, or the file cannot be written.
     """
     write_whole(path, encode_picture(picture, path.suffix))
 
 
 def encode_picture(picture: Picture, suffix: str) -> bytes:
-    """The bytes of a PNG or JPEG file, by its suffix."""
+    """Return the bytes of a picture file in the format of `suffix`: ".png", ".jpg" or ".jpeg", dot included.
+
+    Raises:
+        DataError: The suffix is not that of a picture.
+    """
+    if not cv2.haveImageWriter(f"picture{suffix}"):
+        raise DataError(f"{suffix!r} is not the suffix of a picture; choose .png, .jpg or .jpeg")
     return cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()

@@ -1,5 +1,6 @@
-"""What every test shares: shapes and types checked while the package runs, and data small enough to train on."""
+"""Fixtures of all tests: shapes and types are checked while the package runs, and data are small enough to train on."""
 
+import gc
 import os
 import sys
 import warnings
@@ -10,17 +11,27 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from jaxtyping import install_import_hook
 
-# Before anything imports the package. The tower: an int will do where a float is asked for, as PEP 484 has it.
+ROOT = Path(__file__).parents[1]
+
+# PYTHONDONTWRITEBYTECODE keeps bytecode out of the source folders; here it goes to a folder of its own instead. Without
+# any, each process of the tests would compile the 3,000 modules of torch and its libraries again, for ten seconds.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = sys.pycache_prefix or str(ROOT / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+# Before anything imports the package. The numeric tower: an int is accepted as a float, as PEP 484 specifies.
 install_import_hook("fpd_accel", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-# The trainer divides the cores by this: networks as small as these are no faster on two threads than on one, and on a
-# busy machine, where threads wait for each other, many times slower.
+# One thread per process: networks this small are no faster on two, and much slower where threads wait for each other.
+# The trainer divides the cores by LOCAL_WORLD_SIZE, other code reads OMP_NUM_THREADS. Threads sleep while they wait.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("LOCAL_WORLD_SIZE", str(os.cpu_count() or 1))
-THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))  # of everything else
-
-ROOT = Path(__file__).parents[1]
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,10 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 
 
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection: the end of every run collects, and would scan them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each test is a job of its own: Accelerate keeps precision and topology for the life of a process, and in its
-    environment for the next one. It takes a GPU for tests that are marked so, and for no other."""
+    """Reset Accelerate's global state and the environment, so that each test is a job of its own.
+
+    Accelerate keeps precision and topology for the life of a process, and in the environment for the next process. Only
+    tests marked `gpu` may use a GPU.
+    """
     before = dict(os.environ)
     if request.node.get_closest_marker("gpu") is None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -42,13 +62,13 @@ def fresh_accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
-    if "torch" in sys.modules:  # a trainer has taken fewer threads
+    if "torch" in sys.modules:  # a trainer may have changed it
         sys.modules["torch"].set_num_threads(THREADS)
 
 
 @pytest.fixture
 def without_waiting() -> Callable[[], AbstractContextManager[None]]:
-    """A block in which whatever waits for the GPU is an error."""
+    """Return a context manager in which every wait for the GPU raises an error."""
     import torch
 
     @contextmanager
@@ -66,50 +86,71 @@ def without_waiting() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Jobs end with the test that started them, however that went."""
+    """End all jobs that the test has started, whether it passed or failed."""
     yield
     if "jobs" in sys.modules:
         sys.modules["jobs"].FORKS.leave_nothing_running()
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else compiled extensions report leaks at exit
     if "jobs" in sys.modules:
         sys.modules["jobs"].FORKS.close()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Fixtures and sample data that lie beside the project, not in it."""
+    """Return the folder of sample data and reference values that lies beside the repository, or skip the test."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("no ../shared beside the project: its fixtures and sample data are needed here")
     return folder
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that fills a named folder once per session, for all xdist workers, and returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fill(name: str, write: Callable[[Path], object]) -> Path:
+        with FileLock(base / f"{name}.lock"):
+            if not (base / name / "complete").exists():
+                (base / name).mkdir()
+                write(base / name)
+                (base / name / "complete").touch()
+        return base / name
+
+    return fill
+
+
 def _draw_shards(folder: Path, *, images: int, seed: int) -> Path:
     from fpd_accel.data.coco import prepare_coco
-    from fpd_accel.data.synthetic import draw_dataset
+    from fpd_accel.synthetic.dataset import draw_dataset
 
     drawn = draw_dataset(folder / "coco", images=images, seed=seed, image_size=(120, 160))
     prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=folder / "shards")
     return folder / "shards"
 
 
-@pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve prepared images of synthetic people, to train on."""
-    return _draw_shards(tmp_path_factory.mktemp("train"), images=12, seed=0)
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six prepared images of other synthetic people, to evaluate on."""
-    return _draw_shards(tmp_path_factory.mktemp("valid"), images=6, seed=1)
+def tiny_shards(once: Once) -> Path:
+    """Return prepared shards of twelve images of synthetic people, to train on; tests must not change them."""
+    return once("train", lambda folder: _draw_shards(folder, images=12, seed=0)) / "shards"
+
+
+@pytest.fixture(scope="session")
+def tiny_valid(once: Once) -> Path:
+    """Return prepared shards of six images of other synthetic people, to evaluate on; tests must not change them."""
+    return once("valid", lambda folder: _draw_shards(folder, images=6, seed=1)) / "shards"
 
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, tiny_shards: Path, tiny_valid: Path) -> Callable[..., Path]:
-    """A function that writes the recipe of a run of seconds; its sections take the place of, or add to, these."""
+    """Return a function that writes the recipe of a run of seconds; keyword sections override or add to its values."""
 
     def write(*, file_name: str = "tiny.yaml", **sections: dict[str, Any]) -> Path:
         values: dict[str, dict[str, Any]] = {
@@ -120,7 +161,7 @@ def tiny_recipe(tmp_path: Path, tiny_shards: Path, tiny_valid: Path) -> Callable
             "train": {"steps": 4, "global_batch": 4},
             "optim": {"lr": 0.001, "schedule": "constant"},
             "evaluate": {"batch": 4},
-            "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
+            "log": {"every_steps": 1, "pictures_every_steps": None, "trackers": []},
         }
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section}

@@ -1,10 +1,10 @@
-"""Starts jobs as forks of one process that has imported everything: an interpreter takes seconds to import torch.
+"""Start jobs as forks of one process that has imported everything: an interpreter takes seconds to import torch.
 
     python tests/forks.py FOLDER
 
-Reads one JSON object per line: ``command``, a script and its arguments; ``environment``, all of it; ``log``, a file.
-Answers with the id of a process in a session of its own, which runs the script as ``__main__``; its exit code goes to
-FOLDER/ID.code. ``jobs.py`` is the other side.
+Reads one JSON object per line: `command`, a script and its arguments; `environment`, all variables; `log`, a file.
+Answers with the process id of a fork in a session of its own, which runs the script as `__main__`. Its exit code is
+written to FOLDER/ID.code. The other side is `jobs.py`.
 """
 
 import json
@@ -20,12 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
-from starts import fork_off
+from starts import IMPORTS, fork_off
 
-IMPORTS = (
-    "fpd_accel.run", "fpd_accel.data.synthetic", "torch.utils.tensorboard", "torch.distributed.checkpoint",
-    "pycocotools.cocoeval", "safetensors.torch", "datasets.config",
-)  # fmt: skip
 ENDS = {signal.SIGCHLD}
 
 
@@ -34,11 +30,11 @@ def main() -> None:
     for name in IMPORTS:
         import_module(name)
     running: set[int] = set()
-    signal.signal(signal.SIGCHLD, lambda *_: note_ends(running, folder))
-    for line in sys.stdin:  # until whoever asks has gone, perhaps killed
-        asked = json.loads(line)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # a job may be over before it is noted
-        process = fork_off(partial(run, asked), Path(asked["log"]))
+    signal.signal(signal.SIGCHLD, lambda *_: write_exit_codes(running, folder))
+    for line in sys.stdin:  # until the other side has ended, perhaps killed
+        request = json.loads(line)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # a job may end before it is in `running`
+        process = fork_off(partial(run, request), Path(request["log"]))
         running.add(process)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
         print(process, flush=True)
@@ -47,8 +43,8 @@ def main() -> None:
             os.killpg(process, signal.SIGKILL)
 
 
-def note_ends(running: set[int], folder: Path) -> None:
-    """Write the exit codes of all that have ended; of a signal the negative, as subprocess has it."""
+def write_exit_codes(running: set[int], folder: Path) -> None:
+    """Write the exit code of each job that has ended; if a signal ended it, the signal's number as a negative one."""
     while running:
         process, status = os.waitpid(-1, os.WNOHANG)
         if not process:
@@ -59,15 +55,15 @@ def note_ends(running: set[int], folder: Path) -> None:
         staged.rename(folder / f"{process}.code")
 
 
-def run(asked: dict[str, Any]) -> None:
+def run(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    if "HF_DATASETS_CACHE" in os.environ:  # read when it was imported
+    os.environ.update(request["environment"])
+    if "HF_DATASETS_CACHE" in os.environ:  # read when `datasets` was imported
         sys.modules["datasets.config"].HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])
-    sys.argv = asked["command"]
+    sys.argv = request["command"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

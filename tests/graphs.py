@@ -1,12 +1,14 @@
-"""What tests/test_compilation.py runs in a process of its own: graphs cannot be made of code that checks its shapes.
+"""Compare a compiled objective with the plain one: `python tests/graphs.py whole|units eager|inductor`.
 
-Prints one JSON object. The networks are little ones, because every kernel costs seconds of the C++ compiler.
+`test_compilation.py` runs this in a process of its own, because code that checks its shapes cannot become a graph. It
+prints one JSON object. The networks are small, because every kernel costs seconds of the C++ compiler.
 """
 
 import copy
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +16,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fpd_accel.codecs import HeatmapCodec
-from fpd_accel.compilation import compile_network, eagerly
-from fpd_accel.config import Recipe
+from fpd_accel.config.schema import Recipe
 from fpd_accel.data.batch import Batch
-from fpd_accel.distill import Distiller
 from fpd_accel.models.base import PoseModel
-from fpd_accel.teacher import Teacher
+from fpd_accel.models.compile import compile_network, eagerly
+from fpd_accel.training.distiller import Distiller
+from fpd_accel.training.teacher import Teacher
 
 SIZE, JOINTS, PEOPLE = 32, 3, 4
 
@@ -33,7 +35,7 @@ class Block(nn.Module):
         return torch.relu(feature + self.change(feature))
 
 
-class Little(PoseModel):
+class SmallNetwork(PoseModel):
     """A strided convolution, two blocks of equal shape, and a head."""
 
     input_multiple: ClassVar[int] = 4
@@ -49,7 +51,7 @@ class Little(PoseModel):
         return (self.head(self.blocks(self.stem(images))),)
 
 
-def a_batch(seed: int) -> Batch:
+def random_batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return Batch(
         crops=torch.randint(0, 256, (PEOPLE, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator),
@@ -61,67 +63,71 @@ def a_batch(seed: int) -> Batch:
     )
 
 
-def graphs() -> int:
+def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def objectives(what: str) -> tuple[Distiller, Distiller]:
-    """The same objective twice, the second compiled."""
+def create_objectives(choice: str) -> tuple[Distiller, Distiller]:
+    """Return the same objective twice, the second compiled by `choice` of `train.compile`."""
     torch.manual_seed(0)
-    student, teacher, codec = Little(8), Little(16), HeatmapCodec((SIZE, SIZE), (SIZE // 4, SIZE // 4))
+    student, teacher, codec = SmallNetwork(8), SmallNetwork(16), HeatmapCodec((SIZE, SIZE), (SIZE // 4, SIZE // 4))
     plain = Distiller(copy.deepcopy(student), Teacher(copy.deepcopy(teacher)), codec)
-    compiled = Distiller(student, Teacher(teacher, compile=what), codec)  # type: ignore[arg-type]
-    if what == "units":
+    compiled = Distiller(student, Teacher(teacher, compile=choice), codec)  # type: ignore[arg-type]
+    if choice == "units":
         compile_network(student, "units")
-    compiled.compile(student=what == "whole")
+    compiled.compile(student=choice == "whole")
     return plain, compiled
 
 
 def gap(one: Tensor, other: Tensor) -> float:
-    """The size of the difference relative to the first."""
+    """Return the norm of the difference, relative to the norm of the first."""
     return float((one - other).norm() / one.norm())
 
 
-def compare(what: str) -> dict[str, Any]:
-    """How far a compiled objective is from the plain one, over three steps with a changing alpha."""
-    plain, compiled = objectives(what)
-    found: dict[str, list[float]] = {"total": [], "gradient": [], "statistics": [], "taught": [], "graphs": []}
+def compare(choice: str) -> dict[str, Any]:
+    """Return the gaps between a compiled objective and the plain one, over three steps with a changing alpha."""
+    plain, compiled = create_objectives(choice)
+    found: dict[str, list[float]] = {"total": [], "gradient": [], "statistics": [], "teacher": [], "graphs": []}
     for step in range(3):
         both = []
         for distiller in (plain, compiled):
             distiller.alpha = 0.2 + 0.1 * step
-            losses = distiller(a_batch(step))
+            losses = distiller(random_batch(step))
             losses.total.backward()
             network = distiller.student
             gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
             statistics = torch.cat([b.flatten().float() for b in network.buffers()])
-            both.append((losses.total.detach(), gradient.clone(), statistics.clone(), losses.taught))
+            both.append((losses.total.detach(), gradient.clone(), statistics.clone(), losses.teacher_output))
             network.zero_grad()
         for name, one, other in zip(found, *both, strict=False):
             found[name].append(gap(one, other))
-        found["graphs"].append(graphs())
+        found["graphs"].append(count_graphs())
     recipe = Recipe.model_validate(
         {"run": {"name": "a"}, "data": {"train": "a"}, "student": {"arch": "tiny_w8"},
-         "train": {"global_batch": 1, "compile": what}}
+         "train": {"global_batch": 1, "compile": choice}}
     )  # fmt: skip
-    with eagerly(recipe), torch.no_grad():
+    with eagerly(recipe.train.compile != "none" or recipe.teacher.compile != "none"), torch.no_grad():
         compiled.student.eval()
-        batch = a_batch(0)
-        alone = replace(batch, **{name: tensor[:1] for name, tensor in vars(batch).items() if tensor is not None})
-        compiled.compare(compiled.student(torch.zeros(1, 3, SIZE, SIZE)), alone)
-    return found | {"graphs_after_evaluation": graphs(), "names": list(compiled.student.state_dict())}
+        batch = random_batch(0)
+        first = replace(batch, **{name: tensor[:1] for name, tensor in vars(batch).items() if tensor is not None})
+        compiled.compare(compiled.student(torch.zeros(1, 3, SIZE, SIZE)), first)
+    return found | {"graphs_after_evaluation": count_graphs(), "names": list(compiled.student.state_dict())}
 
 
-def float8(what: str) -> float:
-    """How far a teacher in float8 on a GPU, compiled or not, is from the one on a processor."""
+def float8(choice: str) -> float:
+    """Return the gap between a teacher in float8 on a GPU, compiled or not, and the one on a processor."""
     from test_fp8 import random_batch, relative, transformer
 
     model, batch = transformer(), random_batch()
     expected = Teacher(copy.deepcopy(model), precision=torch.bfloat16, fp8=True)(batch.crops)[0]
-    teacher = Teacher(model, device="cuda", precision=torch.bfloat16, fp8=True, compile=what)  # type: ignore[arg-type]
+    teacher = Teacher(model, device="cuda", precision=torch.bfloat16, fp8=True, compile=choice)  # type: ignore[arg-type]
     assert isinstance(expected, Tensor)
     return relative(teacher(batch.to("cuda").crops)[0].cpu(), expected)  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":
-    print(json.dumps(float8(sys.argv[2]) if sys.argv[1] == "float8" else compare(sys.argv[1])))
+    if sys.argv[1] == "float8":
+        print(json.dumps(float8(sys.argv[2])))
+    else:
+        torch.compile = partial(torch.compile, backend=sys.argv[2])
+        print(json.dumps(compare(sys.argv[1])))

@@ -1,6 +1,7 @@
-"""Training jobs as processes of their own: started, watched, and never left behind.
+"""Training jobs in processes of their own, which end with the test that started them.
 
-They are forks of one process that has imported everything (see ``forks.py``), else each would take seconds to begin.
+They are forks of one process that has imported everything (see `forks.py`): an interpreter of its own would take each
+job seconds.
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DISTILL = ROOT / "recipes" / "distill.py"
 RANKS = ROOT / "tests" / "ranks.py"
-PATIENCE = 280.0  # seconds that anything is waited for: so many that only what hangs takes them, on any machine
+PATIENCE = 280.0  # seconds to wait for anything; long enough that only a hanging job takes them, on any machine
 ENVIRONMENT = {
     **os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
@@ -27,43 +28,43 @@ ENVIRONMENT = {
 
 
 class Job:
-    """A process in a session of its own; what it says on either channel goes to a file."""
+    """A process in a session of its own, whose stdout and stderr go to one file."""
 
     def __init__(self, pid: int, log: Path, code: Path) -> None:
         self.pid, self._log, self._code = pid, log, code
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code, as soon as there is one; of a signal the negative."""
+        """Return the exit code, negative for a signal, or None while the job runs."""
         if self.returncode is None and self._code.exists():
             self.returncode = int(self._code.read_text())
-            self._code.unlink()  # process ids come again
+            self._code.unlink()  # process ids are used again
         return self.returncode
 
     def wait(self) -> int:
-        wait_for(lambda: self.poll() is not None, f"the end of a job which said: {self.said()}")
+        wait_for(lambda: self.poll() is not None, f"the end of a job with the output: {self.output()}")
         assert self.returncode is not None
         return self.returncode
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def ends(self) -> str:
-        """What it said until its end, in one line."""
+    def final_output(self) -> str:
+        """Wait for the end, and return the output in one line."""
         self.wait()
-        return " ".join(self.said().split())
+        return " ".join(self.output().split())
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """The job and its loader processes."""
+        """Kill the job and its loader processes."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
 
 class Forks:
-    """The process that forks the jobs, begun when the first is asked for, and all that still run."""
+    """The process that forks the jobs, started with the first of them, and all jobs that may still run."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -98,7 +99,7 @@ class Forks:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.communicate()  # the end of what it reads is its end
+            self._process.communicate()  # it ends with its stdin
             shutil.rmtree(self._folder)
 
 
@@ -106,35 +107,38 @@ FORKS = Forks()
 
 
 def start(*command: object, **environment: str) -> Job:
-    """A job of a script and its arguments."""
+    """Start a script with its arguments, and with variables besides those of `ENVIRONMENT`."""
     return FORKS.start([str(word) for word in command], ENVIRONMENT | environment)
 
 
 def start_ranks(*command: object, ranks: int = 2, **environment: str) -> list[Job]:
-    """The ranks of one job as a launcher would start them, each with its own exit code and its own last words."""
+    """Start the ranks of one job as a launcher does; unlike a launcher's, each has its own exit code and output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    everywhere = {
+    common = {
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
-    return [start(*command, **everywhere, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
+    return [start(*command, **common, **environment, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
 
 
 def launch(ranks: int, tasks: list[list[object]], *, expected: int | None = 0, **environment: str) -> str:
-    """Run the tasks of ``ranks.py`` on so many gloo processes; what they said, in one line."""
+    """Run tasks of `ranks.py` on that many gloo ranks, and return their output in one line.
+
+    Every rank has to end with the exit code `expected`, unless that is None.
+    """
     started = start_ranks(RANKS, json.dumps(tasks), ranks=ranks, **environment)
-    said = " ".join(job.ends() for job in started)
-    assert expected is None or {job.returncode for job in started} == {expected}, said[-5000:]
-    return said
+    output = " ".join(job.final_output() for job in started)
+    assert expected is None or {job.returncode for job in started} == {expected}, output[-5000:]
+    return output
 
 
 def killing_itself(folder: Path, *, step: int) -> Path:
-    """A script like the command, which dies by SIGKILL right after a step."""
+    """Write a script like `recipes/distill.py` that ends by SIGKILL right after a step."""
     script = folder / f"killed_after_{step}.py"
     script.write_text(
         "import itertools, os, runpy, signal\n"
-        "from fpd_accel.trainer import Trainer\n"
+        "from fpd_accel.training.trainer import Trainer\n"
         "after_step, steps = Trainer._after_step, itertools.count(1)\n"
         "def die(self, *arguments):\n"
         "    after_step(self, *arguments)\n"
@@ -145,22 +149,23 @@ def killing_itself(folder: Path, *, step: int) -> Path:
     return script
 
 
-def wait_for(reached: Callable[[], bool], what: str, *jobs: Job, every: float = 0.01) -> None:
-    """Until something is so, looking every so many seconds; none of the jobs may end before."""
+def wait_for(reached: Callable[[], bool], event: str, *jobs: Job, every: float = 0.01) -> None:
+    """Wait until `reached` returns True, calling it every so many seconds; none of the jobs may end before."""
     deadline = time.monotonic() + PATIENCE
     while not reached():
         for job in jobs:
-            assert job.poll() is None, job.said()
-        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
+            assert job.poll() is None, job.output()
+        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {event}"
         time.sleep(every)
 
 
 def wait_for_step(directory: Path, step: int, *jobs: Job) -> None:
+    """Wait until a run has logged a step."""
     metrics = directory / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and f'"step": {step},' in metrics.read_text(), f"step {step}", *jobs)
 
 
 def children(process: int) -> list[int]:
-    """Process ids of what a process has started."""
+    """Return the process ids of the children of a process."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True, check=False)
     return [int(line) for line in listed.stdout.split()]

@@ -1,4 +1,4 @@
-"""What one rank meets alone ends all of them, with one message; two ranks are two threads here."""
+"""An error on one rank ends all ranks, with one message; the two ranks are two threads here."""
 
 import os
 import shutil
@@ -14,22 +14,22 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch._utils import ExceptionWrapper
 
-from fpd_accel import processes
-from fpd_accel.checkpoint import write_checkpoint
-from fpd_accel.config import load_recipe
-from fpd_accel.data.remote import UnreachableError
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.data.published.download import UnreachableError
 from fpd_accel.data.shards import Shards
+from fpd_accel.distributed import accelerator as processes
+from fpd_accel.distributed.accelerator import run_on_all
 from fpd_accel.errors import CheckpointError, DataError, Preempted, TrainingError, UserError
-from fpd_accel.guard import Guard
-from fpd_accel.processes import on_every_rank
-from fpd_accel.run import run
-from fpd_accel.student import Student
+from fpd_accel.training.checkpoint import write_checkpoint
+from fpd_accel.training.run import run
+from fpd_accel.training.student import Student
+from fpd_accel.training.supervisor import RunSupervisor
 
-PATIENCE = 100  # seconds that one thread waits for the other
+PATIENCE = 100  # seconds to wait for the other thread
 
 
 class Rank(Accelerator):
-    """One of two ranks, as far as they agree upon anything."""
+    """One of two ranks, with the collective operations that the tests need."""
 
     num_processes = 2  # type: ignore[assignment]
     device = torch.device("cpu")  # type: ignore[assignment]
@@ -55,14 +55,14 @@ Both = Callable[[Callable[[Rank], Any]], list[Any]]
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Both:
-    """A function that runs another on two ranks at once; what each returned or raised."""
+    """Return a function that calls another on two ranks at once and returns what each returned or raised."""
     barrier, this = threading.Barrier(2, timeout=PATIENCE), threading.local()
-    said: list[Any] = [None, None]
+    values: list[Any] = [None, None]
 
     def gather(mine: Any) -> list[Any]:
-        said[this.rank] = mine
+        values[this.rank] = mine
         barrier.wait()
-        answers = list(said)
+        answers = list(values)
         barrier.wait()
         return answers
 
@@ -95,35 +95,35 @@ def both(monkeypatch: pytest.MonkeyPatch) -> Both:
     return run_both
 
 
-def assert_said_once(errors: list[Any], kind: type[UserError]) -> str:
-    """Both ranks raise the same, which the first alone will print."""
+def message_of_both(errors: list[Any], kind: type[UserError]) -> str:
+    """Check that both ranks raise the same error, which only the first will print; return its message."""
     assert [type(error) for error in errors] == [kind, kind], errors
     assert str(errors[0]) == str(errors[1])
-    assert [error.local for error in errors] == [False, False]
+    assert [error.this_rank_only for error in errors] == [False, False]
     return str(errors[0])
 
 
-def test_unforeseen_error_of_one_rank_is_told_to_the_others(both: Both) -> None:
+def test_an_unforeseen_error_of_one_rank_is_reported_to_the_others(both: Both) -> None:
     def open_on(rank: Rank) -> str:
         if rank.process_index == 1:
             raise MemoryError("no more of it")
         return "opened"
 
-    first, second = both(lambda rank: on_every_rank(rank, lambda: open_on(rank), same=str))
-    assert isinstance(second, MemoryError)  # with its own traceback
+    first, second = both(lambda rank: run_on_all(rank, lambda: open_on(rank), same=str))
+    assert isinstance(second, MemoryError)  # the original, with its traceback
     assert isinstance(first, TrainingError)
     assert str(first) == f"rank 1 on {os.uname().nodename} failed: MemoryError: no more of it"
 
 
-def test_error_of_any_kind_that_a_user_can_mend_arrives_as_it_is(both: Both) -> None:
+def test_user_errors_of_one_rank_keep_their_type_on_all_ranks(both: Both) -> None:
     def open_on(rank: Rank) -> str:
         if rank.process_index == 1:
             raise UnreachableError("https://example.org: cannot be read")
         return "opened"
 
-    errors = both(lambda rank: on_every_rank(rank, lambda: open_on(rank), same=str))
-    said = assert_said_once(errors, UnreachableError)
-    assert said == f"rank 1 on {os.uname().nodename}: https://example.org: cannot be read"
+    errors = both(lambda rank: run_on_all(rank, lambda: open_on(rank), same=str))
+    message = message_of_both(errors, UnreachableError)
+    assert message == f"rank 1 on {os.uname().nodename}: https://example.org: cannot be read"
 
 
 def test_error_of_a_loader_process_arrives_without_its_traceback(both: Both) -> None:
@@ -134,62 +134,62 @@ def test_error_of_a_loader_process_arrives_without_its_traceback(both: Both) -> 
             ExceptionWrapper(where="in DataLoader worker process 0").reraise()  # as PyTorch hands it over
         return "read"
 
-    errors = both(lambda rank: on_every_rank(rank, lambda: read_on(rank), same=str))
-    assert assert_said_once(errors, DataError) == "shards: image 3.jpg no longer decodes; prepare it again"
+    errors = both(lambda rank: run_on_all(rank, lambda: read_on(rank), same=str))
+    assert message_of_both(errors, DataError) == "shards: image 3.jpg no longer decodes; prepare it again"
 
 
-def test_a_stop_that_one_rank_heeds_is_heeded_by_all(both: Both) -> None:
+def test_a_stop_of_one_rank_stops_all_ranks(both: Both) -> None:
     def decode_on(rank: Rank) -> str:
         if rank.process_index == 1:
             raise Preempted("asked to stop")
         return "decoded"
 
-    errors = both(lambda rank: on_every_rank(rank, lambda: decode_on(rank), same=str))
+    errors = both(lambda rank: run_on_all(rank, lambda: decode_on(rank), same=str))
     assert [type(error) for error in errors] == [Preempted, Preempted]
     assert str(errors[0]) == f"rank 1 on {os.uname().nodename}: asked to stop"
 
 
-@pytest.mark.parametrize("deed", ["missing", "damaged"])
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
 def test_images_that_one_machine_lacks_are_named_before_anything_is_written(
-    deed: str, both: Both, tiny_recipe: Callable[..., Path], tiny_shards: Path, tmp_path: Path
+    damage: str, both: Both, tiny_recipe: Callable[..., Path], tiny_shards: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(tiny_shards, tmp_path / "copy")
     for file in (copy / "images").glob("*.arrow"):
-        file.unlink() if deed == "missing" else os.truncate(file, 100)
+        file.unlink() if damage == "missing" else os.truncate(file, 100)
     recipes = [
         load_recipe(tiny_recipe(file_name=f"{people.name}.yaml", data={"train": str(people)}))
         for people in (tiny_shards, copy)
     ]
-    said = assert_said_once(both(lambda rank: run(recipes[rank.process_index], accelerator=rank)), DataError)
-    assert said.startswith(f"rank 1 on {os.uname().nodename}: {copy / 'images'}: cannot be opened")
+    message = message_of_both(both(lambda rank: run(recipes[rank.process_index], accelerator=rank)), DataError)
+    assert message.startswith(f"rank 1 on {os.uname().nodename}: {copy / 'images'}: cannot be opened")
     assert not recipes[0].run.directory.exists()
 
 
-@pytest.mark.parametrize("deed", ["removed", "cut short", "of another run"])
-def test_checkpoint_that_one_machine_cannot_read_is_read_by_none(deed: str, both: Both, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["removed", "cut short", "of another run"])
+def test_a_checkpoint_that_one_machine_cannot_read_is_not_loaded(damage: str, both: Both, tmp_path: Path) -> None:
     whole, other = (
         write_checkpoint(
             tmp_path / machine, 1, tensors={name: {"weight": torch.ones(9)} for name in ("student", "optimizer")},
             state={"seed": seed}, keep=1,
         )
-        for machine, seed in (("here", 0), ("there", int(deed == "of another run")))
+        for machine, seed in (("here", 0), ("there", int(damage == "of another run")))
     )  # fmt: skip
-    if deed == "removed":
+    if damage == "removed":
         (other / "optimizer.safetensors").unlink()
-    elif deed == "cut short":
+    elif damage == "cut short":
         os.truncate(other / "optimizer.safetensors", 20)
 
     def restore(rank: Rank) -> None:
-        student = object.__new__(Student)  # it has to come to an end before there is a network
+        student = object.__new__(Student)  # the error comes before there is a network
         student.accelerator, student.average = rank, None
         student.restore((whole, other)[rank.process_index])
 
-    said = assert_said_once(both(restore), DataError if deed == "of another run" else CheckpointError)
-    assert said.startswith(f"rank 1 on {os.uname().nodename}")
-    assert deed == "of another run" or f"{other}: cannot be resumed: optimizer.safetensors" in said
+    message = message_of_both(both(restore), DataError if damage == "of another run" else CheckpointError)
+    assert message.startswith(f"rank 1 on {os.uname().nodename}")
+    assert damage == "of another run" or f"{other}: cannot be resumed: optimizer.safetensors" in message
 
 
-def test_data_that_change_under_all_ranks_are_told_once(
+def test_data_that_change_under_all_ranks_give_one_message(
     both: Both, tiny_recipe: Callable[..., Path], tiny_shards: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(tiny_shards, tmp_path / "copy")
@@ -197,40 +197,40 @@ def test_data_that_change_under_all_ranks_are_told_once(
     removed = threading.Barrier(2, timeout=PATIENCE, action=lambda: shutil.rmtree(copy / "images"))
 
     def look(rank: Rank) -> None:
-        guard = Guard(recipe, rank, shards=[Shards(copy)])
+        supervisor = RunSupervisor(recipe.run.directory, rank, shards=[Shards(copy)])
         removed.wait()
-        with guard.explaining():
-            guard.look_at_all()
+        with supervisor.translated():
+            supervisor.check_all_data_files()
 
-    said = assert_said_once(both(look), DataError)
-    assert str(copy / "images") in said
-    assert "was removed while the run was reading it" in said
+    message = message_of_both(both(look), DataError)
+    assert str(copy / "images") in message
+    assert "was removed while the run was reading it" in message
 
 
-def test_rank_that_is_waited_for_in_vain_is_told_of(
+def test_a_rank_that_does_not_answer_is_reported(
     both: Both, tiny_recipe: Callable[..., Path], tiny_shards: Path
 ) -> None:
     recipe, store = load_recipe(tiny_recipe()), dist.HashStore()
     over = threading.Event()
 
     def reduce(rank: Rank) -> None:
-        guard = Guard(recipe, rank, shards=[Shards(tiny_shards)])
+        supervisor = RunSupervisor(recipe.run.directory, rank, shards=[Shards(tiny_shards)])
         group = dist.ProcessGroupGloo(store, rank.process_index, 2, timedelta(seconds=PATIENCE))
         if not rank.is_main_process:
-            over.wait(PATIENCE)  # it hangs
+            over.wait(PATIENCE)  # this rank hangs
             return
         try:
             options = dist.AllreduceOptions()
             options.timeout = timedelta(seconds=0.2)
-            with guard.explaining():
+            with supervisor.translated():
                 group.allreduce([torch.zeros(1)], options).wait()
         finally:
             over.set()
 
     error, _ = both(reduce)
     assert isinstance(error, TrainingError), error
-    assert error.local
-    said = str(error)
-    assert said.startswith(f"{recipe.run.directory}: another process is gone, or hangs (")
-    assert "Timed out waiting" in said
-    assert said.endswith("its own message says why; there is no checkpoint yet, and the same command goes on")
+    assert error.this_rank_only
+    message = str(error)
+    assert message.startswith(f"{recipe.run.directory}: the connection to another rank was lost or timed out (")
+    assert "Timed out waiting" in message
+    assert message.endswith("see that rank's error; there is no checkpoint yet, and the same command goes on")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpd_accel.augment import Geometry, draw_geometry, half_body, sample_generator
-from fpd_accel.config import Augment
+from fpd_accel.config.schema import Augment
+from fpd_accel.data.augment import Geometry, draw_geometry, half_body, sample_generator
 from fpd_accel.skeleton import COCO
 
 DRAWS = 3000

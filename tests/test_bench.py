@@ -1,10 +1,9 @@
-"""``fpd-accel bench``: the commands run, and what they report is what they measured."""
+"""`fpd-accel bench data`: it runs, and reports its measurements."""
 
 import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +12,14 @@ import pytest
 import torch
 
 from fpd_accel import cli
-from fpd_accel.bench import crowd, data, loader_gate, loaders, probe
-from fpd_accel.bench.batches import draw_batch, payload
+from fpd_accel.bench import crowd, data, loaders, probe
 from fpd_accel.bench.crowd import draw_crowd
 from fpd_accel.bench.environment import describe, environment
-from fpd_accel.data import Batch, PoseStream, Shards, make_loader
-from fpd_accel.data.batch import Normalization
-from fpd_accel.data.stream import READ_AHEAD
+from fpd_accel.bench.probe import payload
+from fpd_accel.bench.variants import draw_batch
+from fpd_accel.data.batch import Batch
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import READ_AHEAD, PoseStream, make_loader
 from fpd_accel.errors import BenchError, DataError
 
 
@@ -39,22 +39,22 @@ def measured_little(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def probed_here(
     measured_little: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> list[Sequence[str]]:
-    """Measure little and in this process, which has imported everything, and list what was asked for."""
-    asked = []
+) -> list[dict[str, Any]]:
+    """Measure little and in this process, which has imported everything, and list the options of each measurement."""
+    requested = []
 
-    def here(arguments: Sequence[str]) -> dict[str, Any]:
-        asked.append(arguments)
-        assert probe.main(arguments) == 0
+    def here(function: str, **options: Any) -> dict[str, Any]:
+        requested.append(options)
+        assert probe.main([function, json.dumps(options)]) == 0
         return json.loads(capsys.readouterr().out)
 
     monkeypatch.setattr(data, "_probe", here)
-    return asked
+    return requested
 
 
 @pytest.fixture
 def probes_end_here(measured_little: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Measure little, in what looks from outside like a process of its own."""
+    """Measure little, with the output and exit code of a process of its own."""
 
     def run(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[1:3] == ["-m", "fpd_accel.bench.probe"]
@@ -64,8 +64,9 @@ def probes_end_here(measured_little: None, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=run))
 
 
+@pytest.mark.parity
 def test_bench_data_prints_a_table_and_writes_the_same_as_json(
-    probed_here: list[Sequence[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    probed_here: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["bench", "data", "--people", "7", "30", "--batch", "4", "--batches", "2"]
     paths = ["--cache", tmp_path / "cache", "--json", tmp_path / "report.json"]
@@ -100,23 +101,24 @@ def test_bench_data_prints_a_table_and_writes_the_same_as_json(
     assert "Loader against the published one's" in printed
     written = sorted((tmp_path / "cache").iterdir())
     assert [folder.name for folder in written] == ["people_30", "people_7", "photographs_10"]
-    (decoded,) = [word for arguments in probed_here for word in arguments if word.startswith("--compare=")]
-    assert Path(decoded.removeprefix("--compare=")).parent == tmp_path / "cache"
+    (decoded,) = [options["folder"] for options in probed_here if "folder" in options]
+    assert Path(decoded).parent == tmp_path / "cache"
     kept = [folder.stat().st_mtime_ns for folder in written]
     assert cli.main(["bench", "data", "--people", "7", "--batches", "1", "--cache", str(tmp_path / "cache")]) == 0
     assert "last / first" not in capsys.readouterr().out
     assert [folder.stat().st_mtime_ns for folder in written] == kept  # written once
 
 
+@pytest.mark.faults
 def test_a_probe_is_a_process_of_its_own(tiny_shards: Path) -> None:
-    found = data._probe([str(tiny_shards)])
+    found = data._probe("probe:time_opening", path=str(tiny_shards), cold=False)
     shards = Shards(tiny_shards)
     assert (found["people"], found["images"]) == (len(shards), len(shards.images))
     assert 0 < found["seconds"] < 60
 
 
 class FakeLoader(Iterator[Batch]):
-    """Gives a batch in 1 second; its processes need 5 to end, whether they are told to or it is dropped."""
+    """Returns a batch in 1 second; its processes take 5 to end, whether it is closed or dropped."""
 
     _workers = ()
 
@@ -140,7 +142,7 @@ class FakeLoader(Iterator[Batch]):
             self.happened.append(how)
 
 
-def test_the_end_of_a_loader_is_in_no_time_and_after_its_memory(
+def test_closing_a_loader_is_not_timed_and_comes_after_its_memory(
     tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, happened = SimpleNamespace(seconds=0.0), list[str]()
@@ -158,7 +160,7 @@ def test_the_end_of_a_loader_is_in_no_time_and_after_its_memory(
     assert "dropped" not in happened
 
 
-def test_a_loader_reads_ahead_as_far_as_is_said(tiny_shards: Path) -> None:
+def test_a_loader_reads_ahead_as_many_batches_as_reported(tiny_shards: Path) -> None:
     shards = Shards(tiny_shards)
     own = PoseStream(shards, input_size=(64, 48), batch_size=2)
     assert make_loader(own, 2, torch.device("cpu")).prefetch_factor == READ_AHEAD
@@ -176,12 +178,13 @@ def test_a_cold_opening_reads_every_file_from_the_disk(tmp_path: Path, monkeypat
     assert {"usable.npy", "dataset.json"} < {Path(name).name for name in forgotten}
 
 
+@pytest.mark.parity
 def test_own_data_are_measured_where_they_are(
-    probed_here: list[Sequence[str]], tiny_shards: Path, tiny_valid: Path, capsys: pytest.CaptureFixture[str]
+    probed_here: list[dict[str, Any]], tiny_shards: Path, tiny_valid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", "data", "--data", str(tiny_shards), str(tiny_valid), "--batches", "1"]) == 0
     assert f"{len(Shards(tiny_valid))} people" in capsys.readouterr().out
-    assert {arguments[0] for arguments in probed_here} == {str(tiny_shards), str(tiny_valid)}
+    assert {options["path"] for options in probed_here} == {str(tiny_shards), str(tiny_valid)}
 
 
 def test_a_crowd_is_ordinary_shards(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_a_crowd_is_ordinary_shards(tmp_path: Path) -> None:
     assert draw_crowd(tmp_path / "again", 50).fingerprint == shards.fingerprint
 
 
-def test_an_environment_says_where_it_was_measured() -> None:
+def test_an_environment_names_machine_and_versions() -> None:
     line = describe(environment())
     for words in ("cores", "GB", "Python 3", "torch ", "datasets ", "fpd-accel "):
         assert words in line
@@ -212,7 +215,7 @@ def test_an_environment_says_where_it_was_measured() -> None:
         (["--people", "3", "--json", "folder"], "folder: is a folder; --json is the file to write"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_options_are_refused(
     arguments: list[str],
     message: str,
     tmp_path: Path,
@@ -226,6 +229,7 @@ def test_what_cannot_be_measured_is_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.faults
 def test_shards_that_cannot_be_read_are_refused_by_the_process_that_reads_them(tmp_path: Path) -> None:
     shards = draw_crowd(tmp_path, 5)
     next((shards.path / "people").glob("*.arrow")).unlink()
@@ -238,14 +242,14 @@ def no_memory(*_: Any) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("place", "wrong", "message"),
+    ("name", "wrong", "message"),
     [
-        ((PoseStream, "batch"), no_memory, "no memory for batches of 3 people; lower --batch"),
-        ((loader_gate, "Normalization"), partial(Normalization, color="bgr"), "between the same crop normalised"),
+        ("batch", no_memory, "no memory for batches of 3 samples; lower --batch"),
+        ("_keypoints", lambda _, person, *__: (person.keypoints[:, :2] - 9, person.keypoints[:, 2] > 0), "differ, so"),
     ],
 )
-def test_what_is_wrong_in_a_probe_is_one_message(
-    place: tuple[Any, str],
+def test_a_mistake_in_a_probe_is_one_message(
+    name: str,
     wrong: Any,
     message: str,
     probes_end_here: None,
@@ -255,32 +259,32 @@ def test_what_is_wrong_in_a_probe_is_one_message(
 ) -> None:
     monkeypatch.setattr(data, "MEMORY_WORKERS", (0,))
     monkeypatch.setattr(data, "RATE_WORKERS", (0,))
-    monkeypatch.setattr(*place, wrong)
+    monkeypatch.setattr(PoseStream, name, wrong)
     arguments = ["--data", str(tiny_shards), "--batch", "3", "--batches", "1"]
     assert cli.main(["bench", "data", *arguments]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"error: {tiny_shards}: ")
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {tiny_shards}: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: cannot be written: .* choose another --cache"):
-        data._compare(draw_crowd(tmp_path, 5), tmp_path / "nowhere", [])
+        data._compare(draw_crowd(tmp_path, 5), tmp_path / "nowhere", {})
 
 
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
         (2, "data.decoded_cache: 5 images\nerror: no room\n", "^no room$"),
-        (-9, "", "^shards: measuring was killed, .* lower --batch$"),
+        (-9, "", "^shards: the measuring process was killed, .* lower --batch$"),
     ],
 )
-def test_how_a_probe_ended_is_said_in_one_line(
+def test_a_probe_that_fails_is_reported_in_one_line(
     code: int, error: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = subprocess.CompletedProcess([], code, "", error)
     monkeypatch.setattr(data, "subprocess", SimpleNamespace(run=lambda *_, **__: ended))
     with pytest.raises((DataError, BenchError), match=message):
-        data._probe(["shards"])
+        data._probe("probe:time_opening", path="shards", cold=False)

@@ -1,9 +1,7 @@
-"""``fpd-accel bench eval`` and ``bench scale``: they run, they report what they measured, and the gate shuts."""
+"""`fpd-accel bench eval`: it runs, reports its measurements, and times nothing whose results differ."""
 
 import json
 import math
-import os
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,22 +11,22 @@ import pytest
 import torch
 
 from fpd_accel import cli
-from fpd_accel.bench import evaluation, ranks, reference_eval, scale
+from fpd_accel.bench import evaluation
+from fpd_accel.bench.evaluation import Comparison, run_comparison, summarize
 from fpd_accel.bench.poses import draw_boxes
-from fpd_accel.bench.rounds import Contest, growth, run_contest
-from fpd_accel.bench.scale_options import PROCESS_ROUNDS, Scale
+from fpd_accel.bench.published import eval as published_eval
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.decode import decode_heatmaps, fuse_flip
 from fpd_accel.errors import BenchError
+from fpd_accel.evaluation.coco_results import Predictions, select_poses
 from fpd_accel.metrics import average_precision
-from fpd_accel.scoring import Predictions, chosen_people
 
 STEPS = ("flip fusion", "encode", "decode", "rescore + hard NMS", "rescore + soft NMS", "AP, pycocotools")
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Of so little work more make waiting alone, on a busy machine much of it."""
+    """Use one thread: for so little work more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +69,7 @@ def without_a_step(*arguments: Any) -> Any:
 
 
 def one_too_few(*arguments: Any, **options: Any) -> Any:
-    return chosen_people(*arguments, **options)[1:]
+    return select_poses(*arguments, **options)[1:]
 
 
 def too_good(*arguments: Any) -> dict[str, float]:
@@ -84,11 +82,11 @@ def too_good(*arguments: Any) -> dict[str, float]:
         ("fuse_flip", unshifted, "flip fusion"),
         ("encode", wider, "encode"),
         ("decode_heatmaps", without_a_step, "decode"),
-        ("chosen_people", one_too_few, "rescore + hard NMS"),
+        ("select_poses", one_too_few, "rescore + hard NMS"),
         ("average_precision", too_good, "AP, pycocotools"),
     ],
 )
-def test_what_computes_something_else_is_not_timed(
+def test_work_with_another_result_is_not_timed(
     name: str,
     wrong: Callable[..., Any],
     step: str,
@@ -103,24 +101,31 @@ def test_what_computes_something_else_is_not_timed(
         monkeypatch.setattr(evaluation, name, wrong)
     report = tmp_path / "report.json"
     assert cli.main(["bench", "eval", "--people", "8", "--rounds", "1", "--json", str(report)]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"error: {step}: ours and the reference differ by" in said
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"error: {step}: ours and the reference differ by" in printed
     assert not report.exists()
 
 
 @pytest.mark.parametrize("difference", [0.2, math.inf, math.nan])
-def test_a_contest_is_refused_where_results_differ_or_cannot_be_compared(difference: float) -> None:
-    contest = Contest("work", int, int, lambda *_: difference, 0.1, "apples")
+def test_a_comparison_is_refused_where_results_differ_or_have_other_shapes(difference: float) -> None:
+    comparison = Comparison("work", int, int, lambda *_: difference, 0.1, "apples")
     with pytest.raises(BenchError, match=r"work: ours and the reference differ by \S+ apples, allowed are 0.1"):
-        run_contest(contest, rounds=1)
+        run_comparison(comparison, rounds=1)
 
 
-def test_the_two_of_a_contest_take_turns() -> None:
+def test_both_sides_of_a_comparison_take_turns() -> None:
     order: list[str] = []
-    contest = Contest("work", lambda: order.append("slow"), lambda: order.append("fast"), lambda *_: 0.0, 0.0, "")
-    times, _ = run_contest(contest, rounds=3)
+    comparison = Comparison("work", lambda: order.append("slow"), lambda: order.append("fast"), lambda *_: 0.0, 0.0, "")
+    seconds, _ = run_comparison(comparison, rounds=3)
     assert order == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast"]
-    assert len(times.ratios) == 3
+    assert seconds.shape == (2, 3)
+    assert seconds.min() > 0
+
+
+def test_the_speed_up_is_taken_within_a_round() -> None:
+    found = summarize(np.array([[4.0, 9.0, 2.0], [2.0, 1.0, 4.0]]))
+    assert (found["ratio_lowest"], found["ratio"], found["ratio_highest"]) == (0.5, 2, 9)
+    assert (found["reference_seconds"], found["ours_seconds"]) == (4, 2)
 
 
 def test_the_reference_of_ap_reads_the_ground_truth_before_it_is_timed(
@@ -128,28 +133,22 @@ def test_the_reference_of_ap_reads_the_ground_truth_before_it_is_timed(
 ) -> None:
     boxes = draw_boxes(12, 17)
     predictions = Predictions(np.arange(12), boxes.keypoints, boxes.visible)
-    contests = list(evaluation._precision_contests(boxes, predictions, tmp_path))
+    comparison = evaluation._precision_comparison(boxes, predictions, tmp_path)
     (tmp_path / "truth.json").unlink()
-    monkeypatch.setattr(reference_eval, "read_truth", None)
-    for contest in contests:
-        for _ in range(2):  # what the first leaves in it does not matter to the second
-            assert contest.difference(contest.reference(), contest.ours()) <= contest.tolerance
+    monkeypatch.setattr(published_eval, "read_truth", None)
+    for _ in range(2):  # the second call is independent of the first
+        assert comparison.difference(comparison.reference(), comparison.ours()) <= comparison.tolerance
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_the_environment_is_asked_for_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def asked() -> dict[str, Any]:
-        raise BenchError("asked")
+def test_the_environment_is_read_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> dict[str, Any]:
+        raise BenchError("read")
 
-    for module, first in ((evaluation, "draw_boxes"), (scale, "run_ranks")):
-        monkeypatch.setattr(module, "environment", asked)
-        monkeypatch.setattr(module, first, lambda *_, **__: pytest.fail("measured"))
-    with pytest.raises(BenchError, match="asked"):
+    monkeypatch.setattr(evaluation, "environment", read)
+    monkeypatch.setattr(evaluation, "draw_boxes", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(BenchError, match="read"):
         evaluation.bench_eval(people=2)
-    with pytest.raises(BenchError, match="asked"):
-        scale.bench_scale(Scale(), tmp_path)
 
 
 def test_generated_boxes_leave_work_for_suppression() -> None:
@@ -163,160 +162,17 @@ def test_generated_boxes_leave_work_for_suppression() -> None:
     np.testing.assert_allclose(again, boxes.keypoints[..., 0], atol=1e-2)  # pixels
 
 
-@pytest.mark.parametrize("exponent", [-1.0, 0.0, 1.0, 2.0])
-def test_the_exponent_of_growth_is_that_of_a_power(exponent: float) -> None:
-    sizes = [10, 40, 1000]
-    assert growth(sizes, [0.3 * size**exponent for size in sizes]) == pytest.approx(exponent, abs=1e-9)
-    assert growth([10], [1.0]) is None
-
-
-@pytest.mark.parametrize(("rounds", "before"), [(1, [20]), (2, [300, 20])])
-def test_what_is_made_once_is_made_before_the_first_round_that_counts(rounds: int, before: list[int]) -> None:
-    order: list[int] = []
-    works = {"work": {size: lambda size=size: order.append(size) for size in (300, 20)}}
-    (measured,) = scale._measured(works, "people", rounds=rounds)
-    assert order == before + rounds * [300, 20]
-    assert measured.sizes == [300, 20]
-
-
-@pytest.mark.parametrize(("rounds", "done"), [(1, 1), (2, 2), (9, PROCESS_ROUNDS)])
-def test_numbers_of_processes_take_turns(rounds: int, done: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[int] = []
-
-    def run(processes: int, *, batch: int, steps: int) -> float:
-        order.append(processes)
-        return [4.0, 1.0, 2.0, 8.0, 5.0, 16.0][len(order) - 1]  # people per second
-
-    monkeypatch.setattr(scale, "run_ranks", run)
-    measured = scale._of_processes(Scale(processes=(1, 2), rounds=rounds))
-    assert order == done * [1, 2]
-    rates = [4.0, 2.0, 5.0], [1.0, 8.0, 16.0]
-    assert measured.seconds == [statistics.median(1 / rate for rate in own[:done]) for own in rates]
-
-
-@pytest.fixture
-def ranks_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Train in this process, which has imported everything, whatever the number of processes."""
-    monkeypatch.setattr(scale, "INPUT_SIZE", (64, 48))
-
-    def here(processes: int, *, batch: int, steps: int) -> float:
-        arguments = ["--batch", str(batch), "--steps", str(steps), "--input-size", "64", "48"]
-        assert ranks.main([*arguments, "--student", "tiny_w8", "--teacher", "tiny_w8"]) == 0
-        return processes * float(json.loads(capsys.readouterr().out)["samples_per_second"])
-
-    monkeypatch.setattr(scale, "run_ranks", here)
-
-
-def test_bench_scale_prints_a_table_and_writes_the_same_as_json(
-    ranks_here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--batch", "2", "--steps", "1", "--rounds", "1", "--inputs", "64x48", "96x64", "--people", "5", "40"]
-    paths = ["--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "r.json")]
-    sizes = ["--processes", "1", "2", "--scored", "5", "40", "--joints", "17", "133"]
-    assert cli.main(["bench", "scale", *arguments, *sizes, *paths]) == 0
-    printed, report = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_bytes())
-    assert report["bench"] == "scale"
-    assert len(report["measurements"]) == 11
-    for one in report["measurements"]:
-        assert one["work"] in printed
-        assert len(one["sizes"]) == 2
-        assert min(one["seconds"]) > 0
-        assert one["exponent"] == pytest.approx(growth(one["sizes"], one["seconds"]))
-        assert f"{one['exponent']:.2f}" in printed
-    sizes_of = {one["work"]: (one["size"], one["sizes"]) for one in report["measurements"]}
-    assert sizes_of["a person of a tiny distillation"] == ("processes", [1, 2])
-    assert sizes_of["a step of a tiny distillation"] == ("pixels", [64 * 48, 96 * 64])
-    assert sizes_of["AP"] == sizes_of["open shards"] == ("people", [5, 40])
-
-
-def test_each_process_knows_its_rank_and_the_first_tells_the_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        'echo "a warning"\n'
-        'test "$1 $2" = "-m fpd_accel.bench.ranks" && test "$ACCELERATE_USE_CPU $RANK" = "true $LOCAL_RANK" || exit 1\n'
-        'echo "{\\"samples_per_second\\": $WORLD_SIZE$RANK}"\n'
-    )
-    stand_in.write_text(f"#!/bin/sh\n{stand_in.read_text()}")
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
-    assert scale.run_ranks(2, batch=1, steps=1) == 20.0
-
-
-@pytest.mark.slow
-def test_two_processes_distil_together() -> None:
-    assert scale.run_ranks(2, batch=2, steps=1) > 0
-
-
-@pytest.mark.parametrize(("exponent", "marked"), [(1.0, False), (2.0, True)])
-def test_what_grows_faster_than_linearly_is_marked(
-    exponent: float, marked: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = [10, 100]
-    one = scale.Growth("looking", "people", sizes, [size**exponent for size in sizes])
-    report = {"environment": scale.environment(), "settings": {"batch": 1, "steps": 1, "rounds": 1}}
-    scale.show_scale(report | {"measurements": [one.summary()]})
-    assert ("faster than linear" in capsys.readouterr().out) == marked
-
-
-def test_processes_that_fail_end_the_measurement_with_what_they_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scale.sys, "executable", "false")
-    with pytest.raises(BenchError, match="one of 2 processes that distil together failed"):
-        scale.run_ranks(2, batch=1, steps=1)
-
-
-def test_a_process_that_fails_ends_those_that_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, stand_in = tmp_path / "pipe", tmp_path / "python"
-    os.mkfifo(pipe)
-    stand_in.write_text(
-        "#!/bin/sh\n"
-        f'if test $RANK = 0; then echo $$ > "{pipe}"; exec cat "{pipe}"; fi\n'  # waits: nobody will write to it
-        f'read first < "{pipe}"; echo "rank $RANK of process $first cannot go on"; exit 3\n'
-    )
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
-    monkeypatch.setattr(scale, "PATIENCE", 60)
-    with pytest.raises(BenchError, match=r"one of 2 processes .* failed:\nrank 1 of process \d+ cannot") as failure:
-        scale.run_ranks(2, batch=1, steps=1)
-    first = int(str(failure.value).split(" of process ")[1].split()[0])
-    with pytest.raises(ProcessLookupError):
-        os.kill(first, 0)
-
-
-def test_processes_that_hang_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, stand_in = tmp_path / "pipe", tmp_path / "python"
-    os.mkfifo(pipe)
-    stand_in.write_text(f'#!/bin/sh\nexec cat "{pipe}"\n')
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(scale.sys, "executable", str(stand_in))
-    monkeypatch.setattr(scale, "PATIENCE", 0)
-    with pytest.raises(BenchError, match="2 processes that distil together did not finish within 0 s"):
-        scale.run_ranks(2, batch=1, steps=1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["eval", "--people", "0"], "--people 0: at least 1"),
         (["eval", "--rounds", "-1"], "--rounds -1: at least 1"),
         (["eval", "--json", "folder"], "folder: is a folder; --json is the file to write"),
-        (["scale", "--joints", "17", "0"], "--joints 0: at least 1"),
-        (["scale", "--steps", "0"], "--steps 0: at least 1"),
-        (["scale", "--inputs", "256"], "--inputs 256: wanted HEIGHTxWIDTH"),
-        (
-            ["scale", "--inputs", "250x192"],
-            "such as 256x192, both multiples of 16",
-        ),
-        (
-            ["scale", "--inputs", "256x192", "64x48", "192x256"],
-            "--inputs 256x192 192x256: equally many pixels",
-        ),
-        (["scale", "--inputs", "64x48", "64x48"], "--inputs 64x48 64x48: equally many pixels"),
-        (["scale", "--json", "folder"], "folder: is a folder; --json is the file to write"),
+        (["scale"], "bench scale: moved out of the package; in a checkout of the repository run `python tests/scale/"),
+        (["scale", "--processes", "1", "2", "--json", "f"], "run `python tests/scale/scale.py` with the same options"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_options_are_refused(
     arguments: list[str],
     message: str,
     tmp_path: Path,

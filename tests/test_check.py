@@ -1,4 +1,4 @@
-"""`fpd-accel check`: each thing that can be wrong with labels is found and counted, and nothing else is."""
+"""`fpd-accel check`: every kind of mistake in labels is found and counted, and nothing else is reported."""
 
 import copy
 import hashlib
@@ -12,23 +12,26 @@ import numpy as np
 import pytest
 
 from fpd_accel import cli
-from fpd_accel.check import Report, check_shards, choose_people, contact_sheet, read_labels
-from fpd_accel.check.anatomy import check_skeleton
-from fpd_accel.check.people import repeated_images
-from fpd_accel.check.proof import prove, similar_people
-from fpd_accel.check.sheet import CAPTION, CELL, COLUMNS, Choice
-from fpd_accel.config import Evaluate
+from fpd_accel.check.contact_sheet import CAPTION, CELL, COLUMNS, Choice, choose_people, contact_sheet
+from fpd_accel.check.label_rules import repeated_images
+from fpd_accel.check.labels import read_labels
+from fpd_accel.check.oracle import score_labels, similar_people
+from fpd_accel.check.report import Report, check_shards
+from fpd_accel.check.skeleton_rules import check_skeleton
+from fpd_accel.config.schema import Evaluate
 from fpd_accel.data import coco, mpii
 from fpd_accel.data.coco import prepare_coco
-from fpd_accel.data.shards import Shards, ShardWriter
+from fpd_accel.data.shard_writer import ShardWriter
+from fpd_accel.data.shards import Shards
+from fpd_accel.errors import DataError
+from fpd_accel.evaluation.coco_results import coco_results, ground_truth, ground_truth_predictions
+from fpd_accel.evaluation.folder import evaluate_folder
 from fpd_accel.geometry import box_to_region, clip_box
 from fpd_accel.metrics import average_precision
-from fpd_accel.model_folder import ModelConfig, read_model_config, save_model
-from fpd_accel.models import create_model
-from fpd_accel.run import evaluate_folder
-from fpd_accel.scoring import ground_truth, ground_truth_predictions, results
+from fpd_accel.models.create import create_model
 from fpd_accel.skeleton import COCO, Skeleton, load_skeleton
-from fpd_accel.visualize import keypoint_colors
+from fpd_accel.visualize import encode_picture, keypoint_colors
+from fpd_accel.weights.model_folder import ModelConfig, read_model_config, save_model
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
@@ -36,7 +39,7 @@ PEOPLE = 40
 
 
 class Dataset:
-    """Images and people of drawn shards as plain records: to be spoiled, written again and checked."""
+    """Images and people of synthetic shards as plain records, to corrupt, write again and check."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         shards = Shards(source)
@@ -50,11 +53,11 @@ class Dataset:
             person["box"] = person["box"].copy()
 
     def joint(self, person: int, name: str) -> np.ndarray:
-        """x, y, visibility, to be changed in place."""
+        """Return x, y and visibility of a joint, to be changed in place."""
         return self.people[person]["keypoints"][self.skeleton.index(name)]
 
     def exchange(self, person: int, *parts: str) -> None:
-        """Left and right of some joints."""
+        """Exchange left and right of some joints."""
         for part in parts:
             rows = [self.skeleton.index(f"{side}_{part}") for side in ("left", "right")]
             self.people[person]["keypoints"][rows] = self.people[person]["keypoints"][rows[::-1]]
@@ -79,8 +82,8 @@ class Dataset:
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty-four images of drawn people, more than 40 of them."""
-    from fpd_accel.data.synthetic import draw_dataset
+    """Return shards of 24 synthetic images with more than 40 people."""
+    from fpd_accel.synthetic.dataset import draw_dataset
 
     folder = tmp_path_factory.mktemp("check")
     draw_dataset(folder / "coco", images=24, seed=3)
@@ -94,7 +97,7 @@ def dataset(drawn: Path, tmp_path: Path) -> Dataset:
 
 
 def found(report: Report) -> dict[str, tuple[str, int]]:
-    """Check -> severity and count."""
+    """Return severity and count of each finding, by the name of its check."""
     assert len({finding.check for finding in report.findings}) == len(report.findings)
     return {finding.check: (finding.severity, finding.count) for finding in report.findings}
 
@@ -106,9 +109,9 @@ def test_a_clean_dataset_has_no_findings_and_its_numbers_add_up(dataset: Dataset
     assert people == PEOPLE
     assert report.counts == {"images": 24, "people": people, "usable": people, "unusable": {}, "skipped": {}}
     assert sum(report.sizes.values()) == people
-    assert sum(report.crowding.values()) == 24
-    assert report.proof.holds
-    assert report.proof.evaluated == report.proof.people == people
+    assert sum(report.images_by_people.values()) == 24
+    assert report.oracle.holds
+    assert report.oracle.evaluated == report.oracle.people == people
     for row, joint in enumerate(report.joints):
         states = [person["keypoints"][row, 2] for person in dataset.people]
         assert [joint[name] for name in ("unlabelled", "hidden", "seen")] == [states.count(v) for v in (0, 1, 2)]
@@ -116,7 +119,7 @@ def test_a_clean_dataset_has_no_findings_and_its_numbers_add_up(dataset: Dataset
     assert report.quantiles["box width"] == pytest.approx(np.quantile(widths, [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]))
 
 
-# What is done to the dataset, and the findings there are then.
+# Name -> a change of the dataset, and the findings that it causes.
 Spoil = Callable[[Dataset], Any]
 SPOILED: dict[str, tuple[Spoil, dict[str, tuple[str, int]]]] = {}
 
@@ -137,18 +140,18 @@ def two_boxes_reach_outside(data: Dataset) -> None:
 
 @spoiled(box_outside_image=("warning", 1), ground_truth_below_one=("error", 1))
 def a_box_lies_outside(data: Dataset) -> None:
-    data.people[2] |= {"box": np.array([400, 10, 20, 20], np.float32), "unused": "no_area"}
+    data.people[2] |= {"box": np.array([400, 10, 20, 20], np.float32), "exclude_reason": "no_area"}
 
 
 @spoiled(box_outside_image=("error", 5), ground_truth_below_one=("error", 5))
 def many_boxes_lie_outside(data: Dataset) -> None:
     for person in data.people[:5]:
-        person |= {"box": np.array([400, 10, 20, 20], np.float32), "unused": "no_area"}
+        person |= {"box": np.array([400, 10, 20, 20], np.float32), "exclude_reason": "no_area"}
 
 
 @spoiled(box_without_size=("warning", 1), ground_truth_below_one=("error", 1))
 def a_box_has_no_width(data: Dataset) -> None:
-    data.people[2] |= {"box": np.array([40, 10, 0, 20], np.float32), "unused": "no_area"}
+    data.people[2] |= {"box": np.array([40, 10, 0, 20], np.float32), "exclude_reason": "no_area"}
 
 
 @spoiled(area_not_positive=("error", 1))
@@ -243,7 +246,7 @@ def the_columns_of_the_ankles_are_exchanged(data: Dataset) -> None:
 
 
 def shift_apart(data: Dataset) -> None:
-    """People used more than once: ids of their own, and not the very same place."""
+    """Give people used more than once their own ids, images and slightly different places."""
     for number, original in enumerate(list(data.people)):
         person = copy.deepcopy(original)
         person |= {"id": number, "image_row": number % 20, "image_id": data.images[number % 20]["id"]}
@@ -288,7 +291,7 @@ def prepare_left_something_out(data: Dataset) -> None:
 def test_reasons_of_either_form_of_annotations_are_said_in_words(dataset: Dataset) -> None:
     dataset.skipped = {"duplicate_id": 1, "duplicate_person": 2}
     words = [finding.message for finding in dataset.check().findings]
-    assert words == [f"prepare left out {count} {(coco.SKIPPED | mpii.SKIPPED)[reason]}"
+    assert words == [f"prepare left out {count} {(coco.COCO_SKIPPED | mpii.MPII_SKIPPED)[reason]}"
                      for reason, count in dataset.skipped.items()]  # fmt: skip
 
 
@@ -322,7 +325,7 @@ def test_sides_named_by_the_viewer_are_noticed_without_a_face(dataset: Dataset) 
 def test_an_image_id_that_appears_twice_is_an_error(drawn: Path) -> None:
     labels = read_labels(Shards(drawn))
     labels.listed_images[1] = labels.listed_images[0]
-    from fpd_accel.check.people import check_repeated
+    from fpd_accel.check.label_rules import check_repeated
 
     assert {"image_id_repeated", "image_mixed_up"} == {finding.check for finding in check_repeated(labels)}
 
@@ -380,7 +383,7 @@ def test_what_a_skeleton_contradicts_is_found(changes: dict[str, Any], expected:
         assert words in finding.message
 
 
-# --- ground truth as prediction ---------------------------------------------------------------------------------
+# --- labels as predictions --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +400,7 @@ def samples(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_the_samples_of_real_images_score_one_and_have_no_errors(samples: dict[str, Shards]) -> None:
     coco, lsp = check_shards(samples["coco"]), check_shards(samples["lsp"])
     for report in (coco, lsp):
-        assert (report.proof.average_precision, report.proof.average_recall) == (1.0, 1.0)
+        assert (report.oracle.average_precision, report.oracle.average_recall) == (1.0, 1.0)
         assert report.of("error") == []
     assert found(coco) == {}
     assert coco.counts["unusable"] == {"crowd": 5, "no_keypoints": 83}
@@ -409,10 +412,10 @@ def test_two_labels_of_one_person_are_named_with_the_reason(dataset: Dataset) ->
     twin = dataset.add(dataset.people[0])
     dataset.people[-1]["keypoints"] = dataset.people[-1]["keypoints"] + np.float32([0.2, 0, 0])
     shards = dataset.write()
-    proof = prove(shards, read_labels(shards), sample=0)
-    assert proof.average_recall < 1
-    assert not proof.holds
-    (lost,) = proof.lost
+    oracle = score_labels(shards, read_labels(shards), sample=0)
+    assert oracle.average_recall < 1
+    assert not oracle.holds
+    (lost,) = oracle.lost
     assert (lost.person, lost.image) == (twin, dataset.people[0]["image_id"])
     assert lost.reason == f"dropped as a near-duplicate: of annotation {dataset.people[0]['id']}"
 
@@ -424,10 +427,10 @@ def test_more_people_in_an_image_than_coco_counts_are_named(dataset: Dataset) ->
         twin = dataset.people[0]
         dataset.add(twin, keypoints=twin["keypoints"] + np.float32([12 * (number % 8 + 1), 10 * (number // 8), 0]))
     shards = dataset.write()
-    proof = prove(shards, read_labels(shards))
-    assert proof.average_recall == pytest.approx(20 / 24)
-    assert {lost.image for lost in proof.lost} == {image}
-    assert len([lost for lost in proof.lost if "COCO counts 20" in lost.reason]) == 4
+    oracle = score_labels(shards, read_labels(shards))
+    assert oracle.average_recall == pytest.approx(20 / 24)
+    assert {lost.image for lost in oracle.lost} == {image}
+    assert len([lost for lost in oracle.lost if "COCO counts 20" in lost.reason]) == 4
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -439,10 +442,10 @@ def test_looking_at_people_at_risk_alone_decides_as_evaluating_everybody_does(da
         keypoints[0] = person["keypoints"][0]
         dataset.add(person, keypoints=keypoints, box=person["box"] + np.float32([*rng.normal(0, 4 * seed, 2), 0, 0]))
     shards = dataset.write()
-    people = results(shards, ground_truth_predictions(shards), options=Evaluate(), input_size=(256, 192))
+    people = coco_results(shards, ground_truth_predictions(shards), options=Evaluate(), input_size=(256, 192))
     truth = average_precision(ground_truth(shards), people, shards.skeleton.sigmas)
     labels = read_labels(shards)
-    quick, whole = prove(shards, labels, sample=0), prove(shards, labels)
+    quick, whole = score_labels(shards, labels, sample=0), score_labels(shards, labels)
     assert whole.evaluated == len(shards) > quick.evaluated
     assert (whole.average_precision, whole.average_recall) == (truth["AP"], truth["AR"])
     assert quick.holds == whole.holds == (truth["AP"] == truth["AR"] == 1.0)
@@ -470,7 +473,7 @@ def test_images_are_compared_by_every_byte(dataset: Dataset) -> None:
     assert set(repeated_images(dataset.write())) == expected == {(1, 5, 7), (3, 8)}
 
 
-# --- the sheet --------------------------------------------------------------------------------------------------
+# --- contact sheet ----------------------------------------------------------------------------------------------
 
 
 def test_the_sheet_shows_people_with_their_sides_in_colour(drawn: Path) -> None:
@@ -489,7 +492,7 @@ def test_the_sheet_shows_people_with_their_sides_in_colour(drawn: Path) -> None:
     for joint in np.flatnonzero(labels.visibility[row] == 2):
         assert (cell == colors[joint]).all(axis=-1).any(), COCO.keypoints[joint]
         assert (sheet[:legend] == colors[joint]).all(axis=-1).any()
-    assert (sheet[-CELL[0] - CAPTION :, -CELL[1] :] == 255).all()  # nobody is left for the last cells
+    assert (sheet[-CELL[0] - CAPTION :, -CELL[1] :] == 255).all()  # the last cells are empty
 
 
 @pytest.mark.parametrize("clip_boxes", [True, False])
@@ -507,8 +510,8 @@ def test_people_are_shown_and_measured_as_they_are_cropped(
     def spy(boxes: list[Any]) -> Callable[..., Any]:
         return lambda box, *size, **padding: (boxes.append(box), box_to_region(box, *size, **padding))[1]
 
-    monkeypatch.setattr("fpd_accel.check.sheet.box_to_region", spy(shown))
-    monkeypatch.setattr("fpd_accel.check.proof.box_to_region", spy(measured))
+    monkeypatch.setattr("fpd_accel.check.contact_sheet.box_to_region", spy(shown))
+    monkeypatch.setattr("fpd_accel.check.oracle.box_to_region", spy(measured))
     contact_sheet(shards, labels, [Choice(0)])
     similar_people(shards, labels)
     np.testing.assert_allclose(shown[0], expected)
@@ -532,7 +535,7 @@ def test_people_are_spread_over_the_dataset_and_those_with_findings_come_first(d
     assert rest[-1] == len(dataset.people) - 1
 
 
-# --- the command ------------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------------
 
 
 def run(*arguments: object) -> int:
@@ -567,7 +570,7 @@ def test_errors_are_listed_once_and_leave_with_two(dataset: Dataset, capsys: pyt
     assert printed.err.count("error:") == 1
     assert "2 errors to correct" in printed.err
     assert "labelled outside the image" in printed.err
-    assert "came before" in printed.err
+    assert "is that of an earlier person" in printed.err
     assert "reaches outside" not in printed.err  # a warning, on stdout alone
     assert "reaches outside" in printed.out
     written = json.loads((dataset.folder / "report.json").read_text())
@@ -616,3 +619,9 @@ def test_what_cannot_be_read_or_written_is_refused(
     assert run(*(argument.format(data=drawn, tmp=tmp_path) for argument in arguments)) == 2
     assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".txt", "png"])
+def test_a_picture_of_another_format_is_refused(suffix: str) -> None:
+    with pytest.raises(DataError, match=r"choose \.png, \.jpg or \.jpeg"):
+        encode_picture(np.zeros((2, 3, 3), np.uint8), suffix)

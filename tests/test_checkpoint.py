@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fpd_accel.checkpoint import CheckpointWriter, checkpoints, continue_from, problem, write_checkpoint
 from fpd_accel.errors import CheckpointError
+from fpd_accel.training.checkpoint import CheckpointWriter, checkpoints, continue_from, problem, write_checkpoint
 
 TENSORS = {"student": {"weight": torch.arange(6.0).reshape(2, 3)}}
 
@@ -34,14 +34,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_without_background_it_is_on_the_disk_at_once(tmp_path: Path) -> None:
+def test_a_checkpoint_without_background_is_on_the_disk_at_once(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, background=False)
     writer.submit(lambda: write(tmp_path, 1))
     assert problem(tmp_path / "step_00000001") is None
     writer.close()
 
 
-def test_failure_is_known_and_raised_once(tmp_path: Path) -> None:
+def test_a_failed_write_is_raised_once(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path)
 
     def fail() -> Path:
@@ -55,7 +55,7 @@ def test_failure_is_known_and_raised_once(tmp_path: Path) -> None:
     assert not writer.failed
 
 
-def test_what_cannot_be_written_leaves_nothing_and_harms_nothing(
+def test_a_failed_write_leaves_no_files_and_the_older_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1)
@@ -81,7 +81,7 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 5):
         write(tmp_path, step, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]

@@ -14,7 +14,7 @@ STRIDE = 4  # input pixels per heatmap cell of the default codec
 
 
 def slow_encode(keypoints, visible, heatmap_size, stride, sigma):
-    """The definition, cell by cell, in Python's double precision."""
+    """Return the heatmap by its definition, cell by cell, in double precision."""
     batch, joints = visible.shape
     height, width = heatmap_size
     heatmaps, weight = np.zeros((batch, joints, height, width)), np.array(visible, dtype=np.float64)
@@ -66,7 +66,7 @@ def test_targets_equal_a_loop_over_cells_inside_and_around_the_borders(sigma):
     [(-8, 0.0, 0), (-7, 1.0, 0), (-6, 1.0, 1), (0, 1.0, 7), (24, 1.0, 13), (47, 1.0, 7), (53, 1.0, 1), (54, 0.0, 0)],
 )
 def test_weight_survives_until_the_patch_ends_two_cells_before_the_heatmap(cell, weight, drawn_columns):
-    # Truncation towards zero rounds a negative coordinate up by one more cell than a positive one.
+    # Truncation towards zero rounds negative coordinates up by one cell more than positive ones.
     x = (cell - 0.5) * STRIDE if cell < 0 else cell * STRIDE
     heatmap, found = encode_one(float(x), 128.0)
     assert found == weight
@@ -103,7 +103,7 @@ def test_heatmap_and_input_may_differ_in_aspect():
 
 
 def test_encoding_reads_no_value_back_from_the_device():
-    # The meta device has no values: anything that waits for one raises.
+    # The meta device has no values: reading one back raises.
     heatmaps, weight = HeatmapCodec().encode(torch.empty(2, 17, 2, device="meta"), torch.ones(2, 17, device="meta"))
     assert heatmaps.shape == (2, 17, 64, 48)
     assert weight.device.type == "meta"
@@ -123,7 +123,7 @@ def test_encoding_on_a_gpu_equals_the_cpu_and_never_synchronises(without_waiting
 
 @pytest.fixture
 def unchecked_types():
-    """Without the tests' type checker, which would catch some mistakes before the code that explains them."""
+    """Disable the tests' type checker, which would refuse some mistakes before the code with the message."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)

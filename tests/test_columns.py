@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from fpd_accel.data.columns import read_columns
+from fpd_accel.data.arrow_columns import read_columns
 from fpd_accel.data.shards import Shards
 
 COLUMNS = ("id", "image_id", "box", "keypoints", "area", "crowd")

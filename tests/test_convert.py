@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fpd_accel.convert import convert, convert_backbone, export_original, load_backbone, refuse_mistakes
-from fpd_accel.models import MODELS, PoseModel, WeightsError, create_model
-from fpd_accel.models.recognise import recognise
-from fpd_accel.weights import model_shapes
+from fpd_accel.errors import WeightsError
+from fpd_accel.models.base import PoseModel
+from fpd_accel.models.create import create_model
+from fpd_accel.models.names import MODELS
+from fpd_accel.weights.convert import convert, convert_backbone, load_backbone, refuse_mistakes
+from fpd_accel.weights.load import model_shapes
+from fpd_accel.weights.recognise import recognise
 
 Weights = dict[str, Tensor]
 
@@ -107,29 +110,15 @@ def mmpretrain(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "pose_resnet_50", "hourglass_2x32", "vitpose_s"])
-def test_import_export_import_is_the_identity(name: str, tmp_path: Path) -> None:
+def test_converting_twice_is_the_identity(name: str, tmp_path: Path) -> None:
     weights = random_model(name, num_keypoints=16).state_dict()
     first = convert(weights)
     assert (first.arch, first.num_keypoints, first.mistakes) == (name, 16, ())
     assert_equal(first.weights, weights)
-    export_original(first.weights, tmp_path / "exported.safetensors", arch=first.arch)
-    exported = load_file(tmp_path / "exported.safetensors")
-    assert_equal(exported, weights)
-    second = convert(exported)
+    save_file(dict(first.weights), tmp_path / "exported.safetensors")
+    second = convert(load_file(tmp_path / "exported.safetensors"))
     assert_equal(second.weights, weights)
     assert second.arch == name
-    assert [path.name for path in tmp_path.iterdir()] == ["exported.safetensors"]
-
-
-def test_export_refuses_what_the_original_cannot_take(tmp_path: Path) -> None:
-    weights = {"head.weight": torch.zeros(1)}
-    with pytest.raises(WeightsError, match="tiny_w8 is a network of this package alone"):
-        export_original(weights, tmp_path / "a.safetensors", arch="tiny_w8")
-    with pytest.raises(WeightsError, match="never as a pickle"):
-        export_original(weights, tmp_path / "a.pth", arch="hrnet_w18")
-    with pytest.raises(WeightsError, match="no such folder"):
-        export_original(weights, tmp_path / "nowhere" / "a.safetensors", arch="hrnet_w18")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [*MODELS, "hourglass_3x32", "hourglass_8x256"])
@@ -159,6 +148,7 @@ def test_half_precision_becomes_single_and_memory_is_its_own() -> None:
 # ---- (b) MMPose ----
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("head", ["keypoint_head", "head"], ids=["0.x", "1.x"])
 @pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18"])
 def test_mmpose_networks_give_the_same_heatmaps(name: str, head: str) -> None:
@@ -172,6 +162,7 @@ def test_mmpose_networks_give_the_same_heatmaps(name: str, head: str) -> None:
         assert_close(loaded(conversion.weights, name)(images)[-1], model(images)[-1])
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["vitpose_s", "vitpose_s_simple"])
 def test_mmpose_vitpose_gives_the_same_heatmaps_in_both_namings(name: str) -> None:
     model = random_model(name)
@@ -248,6 +239,7 @@ def transformers_vitpose(transformers, size: str, *, simple: bool, input_size: t
     return transformers.VitPoseForPoseEstimation(config)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("simple", [False, True], ids=["classic", "simple"])
 def test_transformers_vitpose_gives_the_same_heatmaps(transformers, simple: bool, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     theirs = randomise(lambda: transformers_vitpose(transformers, "s", simple=simple))
@@ -263,6 +255,7 @@ def test_transformers_vitpose_gives_the_same_heatmaps(transformers, simple: bool
         assert_close(loaded(conversion.weights, name)(images)[-1], theirs(images).heatmaps)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("size", ["b", "l", "h"])
 @pytest.mark.parametrize("simple", [False, True], ids=["classic", "simple"])
 def test_larger_vitposes_have_the_tensors_of_transformers(transformers, size: str, simple: bool) -> None:  # type: ignore[no-untyped-def]
@@ -281,7 +274,7 @@ def test_larger_vitposes_have_the_tensors_of_transformers(transformers, size: st
 
 
 def features_before(model: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
-    """What enters a layer of the model."""
+    """Return the input of a layer of the model."""
     caught: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     with torch.inference_mode():
@@ -289,6 +282,7 @@ def features_before(model: nn.Module, layer: nn.Module, images: Tensor) -> Tenso
     return caught[0]
 
 
+@pytest.mark.parity
 def test_timm_hrnet_and_ours_compute_the_same_features(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     theirs = randomise(partial(timm.create_model, "hrnet_w18", pretrained=False))
@@ -306,6 +300,7 @@ def test_timm_hrnet_and_ours_compute_the_same_features(tmp_path: Path) -> None:
     assert_close(features_before(ours, ours.final_layer, images), truth)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_resnet_and_ours_compute_the_same_features(name: str, tmp_path: Path) -> None:
     import torchvision
@@ -319,6 +314,7 @@ def test_torchvision_resnet_and_ours_compute_the_same_features(name: str, tmp_pa
     assert_close(features_before(ours, ours.deconv_layers, images), features_before(theirs, theirs.avgpool, images))
 
 
+@pytest.mark.parity
 def test_masked_autoencoder_starts_a_vitpose_with_its_positions_resized(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     from timm.layers import resample_abs_pos_embed
@@ -364,7 +360,7 @@ def test_backbone_that_is_not_the_networks_is_refused_and_changes_nothing(tmp_pa
         with pytest.raises(WeightsError, match=message):
             load_backbone(model, tmp_path / "file.pth")
         assert_equal(model.state_dict(), before)
-    with pytest.raises(WeightsError, match="StackedHourglass has no backbone that is published apart"):
+    with pytest.raises(WeightsError, match="no backbone of StackedHourglass is published apart"):
         convert_backbone(stored, create_model("hourglass_1x32", 3))
 
 
@@ -390,7 +386,7 @@ def test_every_tensor_has_its_entry_and_what_is_wrong_is_named() -> None:
 
 def test_networks_that_are_not_here_are_refused_by_name() -> None:
     hourglass = {"backbone.hourglass_modules.0.up1.0.conv1.weight": torch.zeros(1)}
-    with pytest.raises(WeightsError, match="MMPose's hourglass: it is built of other blocks"):
+    with pytest.raises(WeightsError, match="MMPose's hourglass: its blocks differ"):
         convert(hourglass)
     experts = {"backbone.blocks.0.mlp.experts.0.weight": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"a ViTPose\+ checkpoint"):
@@ -403,10 +399,10 @@ def test_networks_that_are_not_here_are_refused_by_name() -> None:
         convert(wide)
     with pytest.raises(WeightsError, match="belong to no pose network known here, so give --arch"):
         convert({"a": torch.zeros(1)})
-    with pytest.raises(WeightsError, match="a backbone alone can start a training run"):
+    with pytest.raises(WeightsError, match="to start a training run from a backbone alone"):
         convert({"conv1.weight": torch.zeros(64, 3, 3, 3)}, arch="hrnet_w18")
     twice = {"final_layer.weight": torch.zeros(3, 18, 1, 1), "head.final_layer.weight": torch.zeros(3, 18, 1, 1)}
-    with pytest.raises(WeightsError, match=r"both claim the name final_layer\.weight"):
+    with pytest.raises(WeightsError, match=r"would both be named final_layer\.weight"):
         convert(twice | {"backbone.conv1.weight": torch.zeros(1)})
 
 

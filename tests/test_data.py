@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from fpd_accel.check.report import check_shards
 from fpd_accel.codecs import HeatmapCodec
-from fpd_accel.config import Augment
+from fpd_accel.config.schema import Augment
 from fpd_accel.data.batch import Batch, Normalization
-from fpd_accel.data.coco import SKIPPED, prepare_coco
+from fpd_accel.data.coco import COCO_SKIPPED, prepare_coco
 from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.errors import DataError
@@ -92,8 +93,8 @@ def test_the_people_of_coco_are_counted_as_the_annotations_have_them(shared: Pat
     assert counts == {
         "images": len(with_people), "people": len(content["annotations"]), "usable": len(labelled)
     }  # fmt: skip
-    assert coco_sample.description["unused"]["crowd"] == len(crowds)
-    assert sum(coco_sample.description["unused"].values()) == len(content["annotations"]) - len(labelled)
+    assert coco_sample.description["exclude_reason"]["crowd"] == len(crowds)
+    assert sum(coco_sample.description["exclude_reason"].values()) == len(content["annotations"]) - len(labelled)
     assert coco_sample.description["skipped"] == {"image_empty": len(content["images"]) - len(with_people)}
     assert set(coco_sample.people[coco_sample.usable]["id"].tolist()) == {a["id"] for a in labelled}
 
@@ -162,7 +163,7 @@ def test_shards_hold_the_bytes_of_the_images_and_every_number_of_the_people(sour
     source.content["annotations"][0] |= {"bbox": [1.5, 2.25, 30.5, 40.125], "area": 345.5}
     shards = source.prepare()
     assert shards.description["counts"] == {"images": 3, "people": 4, "usable": 4}
-    assert shards.description["skipped"] == shards.description["unused"] == {}
+    assert shards.description["skipped"] == shards.description["exclude_reason"] == {}
     assert shards.skeleton == COCO
     assert len(shards) == 4
     assert [row["bytes"] for row in shards.images] == [
@@ -198,7 +199,7 @@ def truncate(path: Path) -> None:
 
 Spoil = Callable[[Source], Any]
 SPOILED: dict[str, tuple[Spoil, dict[str, int], dict[str, int], dict[str, int]]] = {
-    # name: what is done to the source, then counts, skipped and unused
+    # name: change to the source, then expected counts, skipped and excluded
     "an image that is missing": (
         lambda s: (s.images / "a.jpg").unlink(),
         {"images": 2, "people": 2, "usable": 2},
@@ -297,17 +298,17 @@ SPOILED: dict[str, tuple[Spoil, dict[str, int], dict[str, int], dict[str, int]]]
 
 @pytest.mark.parametrize("spoiled", SPOILED)
 def test_what_cannot_be_used_is_skipped_and_counted(source: Source, spoiled: str) -> None:
-    spoil, counts, skipped, unused = SPOILED[spoiled]
+    spoil, counts, skipped, excluded = SPOILED[spoiled]
     spoil(source)
     shards = source.prepare()
     assert shards.description["counts"] == counts
     assert shards.description["skipped"] == skipped
-    assert shards.description["unused"] == unused
+    assert shards.description["exclude_reason"] == excluded
     assert len(shards) == len(shards.usable) == counts["usable"]
     assert len(shards.people) == counts["people"]
-    assert skipped.keys() <= SKIPPED.keys()
+    assert skipped.keys() <= COCO_SKIPPED.keys()
     rows = PoseStream(shards, input_size=SMALL, batch_size=1).batch(range(len(shards))).rows
-    assert set(shards.people[rows.numpy()]["unused"]) == {""}
+    assert set(shards.people[rows.numpy()]["exclude_reason"]) == {""}
 
 
 def set_entry(section: str, number: int, **entries: Any) -> Spoil:
@@ -352,7 +353,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "a keypoint of 400 digits": (set_entry("annotations", 1, keypoints=[10**400] * 51), "not a finite number"),
     "a keypoint that is no number": (
         set_entry("annotations", 1, keypoints=[float("nan")] * 51),
-        "annotation 11: 'keypoints' holds something that is not a finite number",
+        "annotation 11: 'keypoints' has a value that is not a finite number",
     ),
     "a keypoint that is a word": (set_entry("annotations", 1, keypoints=["x"] * 51), "not a finite number"),
     "an area that is no number": (set_entry("annotations", 1, area=float("nan")), "annotation 11: 'area'"),
@@ -486,6 +487,25 @@ def test_a_dataset_of_another_format_is_refused_by_number(copied: Path) -> None:
     (copied / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     with pytest.raises(DataError, match=rf"format {FORMAT + 1}, but this version reads 1 to {FORMAT}"):
         Shards(copied)
+
+
+def test_a_dataset_of_format_2_is_the_same_under_its_old_column_name(coco_sample: Shards, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coco_sample.path, tmp_path / "old"))
+    description = json.loads((folder / "dataset.json").read_bytes()) | {"format": 2}
+    description["unused"] = description.pop("exclude_reason")
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    shutil.rmtree(folder / "people")
+    coco_sample.people.rename_column("exclude_reason", "unused").save_to_disk(str(folder / "people"))
+    (folder / "usable.npy").unlink()
+    old = Shards(folder)
+    assert old.fingerprint == coco_sample.fingerprint
+    assert old.description["exclude_reason"] == coco_sample.description["exclude_reason"]
+    assert old.usable.tolist() == coco_sample.usable.tolist()
+    reasons = [shards.columns(["exclude_reason"])["exclude_reason"].tolist() for shards in (old, coco_sample)]
+    assert reasons[0] == reasons[1]
+    assert [finding.check for finding in check_shards(old).findings] == [
+        finding.check for finding in check_shards(coco_sample).findings
+    ]
 
 
 def cut(path: Path) -> None:

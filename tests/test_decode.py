@@ -14,7 +14,7 @@ FIXTURE = Path(__file__).parents[1].parent / "shared" / "reference" / "decode_lo
 
 
 def whole(heatmaps):
-    """Centre and size that make one heatmap cell one image pixel."""
+    """Return centre and size of a region in which one heatmap cell is one image pixel."""
     batch, _, height, width = heatmaps.shape
     return torch.tensor([[width / 2, height / 2]]).expand(batch, 2), torch.tensor([[width, height]]).expand(
         batch, 2
@@ -66,7 +66,7 @@ def test_decoding_gives_the_keypoints_of_the_published_code():
 
 def test_decoding_equals_a_loop_over_noise_with_peaks_everywhere():
     random = np.random.default_rng(1)
-    heatmaps = random.normal(size=(6, 40, 8, 6)).astype(np.float32)  # so small that many maxima lie on a border
+    heatmaps = random.normal(size=(6, 40, 8, 6)).astype(np.float32)  # small, so that many maxima lie on a border
     heatmaps[0, :5] = -np.abs(heatmaps[0, :5])  # no positive value
     heatmaps[1] = np.round(heatmaps[1])  # ties, of the maximum and of its neighbours
     centers, sizes = (
@@ -225,7 +225,7 @@ def test_accuracy_without_a_target_that_counts_is_zero(cell):
 
 
 def test_decoding_reads_no_value_back_from_the_device():
-    # The meta device has no values: anything that waits for one raises.
+    # The meta device has no values: reading one back raises.
     heatmaps, boxes = torch.empty(2, 17, 64, 48, device="meta"), torch.empty(2, 2, device="meta")
     keypoints, scores = decode_heatmaps(heatmaps, boxes, boxes)
     assert keypoints.shape == (2, 17, 2)

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from fpd_accel.augment import Augment
-from fpd_accel.config import differences, load_recipe
-from fpd_accel.data import PoseStream, Shards, make_loader
-from fpd_accel.data import decoded as module
-from fpd_accel.data.decoded import open_decoded
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.data import pixel_cache as module
+from fpd_accel.data.augment import Augment
 from fpd_accel.data.images import decode_image
+from fpd_accel.data.pixel_cache import open_decoded
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import PoseStream, make_loader
+from fpd_accel.distributed.preemption import StopSignal
 from fpd_accel.errors import ConfigError, DataError, Preempted
-from fpd_accel.run import run
-from fpd_accel.stop import StopRequest
+from fpd_accel.training.resume_rules import differences
+from fpd_accel.training.run import run
 
 
 def test_pixels_are_those_of_the_decoder(tiny_shards: Path, tmp_path: Path) -> None:
@@ -66,8 +68,16 @@ def test_a_run_has_the_curve_of_one_without(tiny_recipe: Callable[..., Path], tm
         recipe = load_recipe(tiny_recipe(data=values, run={"name": name}))
         scores.append(run(recipe)[-1].metrics)
     plain, cached = (load_recipe(tmp_path / name / "recipe.yaml") for name in ("plain", "cached"))
-    assert not [difference for difference in differences(plain, cached)[0] if "decoded_cache" in difference]
-    assert [difference for difference in differences(plain, cached)[1] if "decoded_cache" in difference]
+    assert not [
+        difference
+        for difference in differences(plain.model_dump(mode="json"), cached.model_dump(mode="json"))[0]
+        if "decoded_cache" in difference
+    ]
+    assert [
+        difference
+        for difference in differences(plain.model_dump(mode="json"), cached.model_dump(mode="json"))[1]
+        if "decoded_cache" in difference
+    ]
     curves = [(tmp_path / name / "checkpoints" / "latest").parent for name in ("plain", "cached")]
     weights = [(next(curve.glob("step_*")) / "student.safetensors").read_bytes() for curve in curves]
     assert weights[0] == weights[1]
@@ -80,10 +90,10 @@ def test_a_cache_is_built_once_and_again_after_a_kill(tiny_shards: Path, tmp_pat
     with patch.object(module, "_decode_all", side_effect=AssertionError("built again")):
         open_decoded(Shards(tiny_shards), tmp_path)
     whole = path.read_bytes()
-    path.rename(path.with_suffix(".writing"))  # as if it had been killed before the end
-    os.truncate(path.with_suffix(".writing"), 100)
+    left = path.rename(path.with_name(f".{path.name}.writing"))  # as if it had been killed before the end
+    os.truncate(left, 100)
     assert open_decoded(Shards(tiny_shards), tmp_path).path.read_bytes() == whole
-    assert not path.with_suffix(".writing").exists()
+    assert not left.exists()
 
 
 def test_a_disk_without_room_is_said_before_and_leaves_nothing(tiny_shards: Path, tmp_path: Path) -> None:
@@ -100,12 +110,12 @@ def test_a_disk_without_room_is_said_before_and_leaves_nothing(tiny_shards: Path
             open_decoded(Shards(tiny_shards), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(tmp_path.glob("*.[pw]*"))
+    assert not list(tmp_path.glob("*pixels*"))
 
 
 def test_what_a_killed_process_left_does_not_count_as_taken(tiny_shards: Path, tmp_path: Path) -> None:
     decoded = open_decoded(Shards(tiny_shards), tmp_path)
-    left = decoded.path.rename(decoded.path.with_suffix(".writing"))
+    left = decoded.path.rename(decoded.path.with_name(f".{decoded.path.name}.writing"))
 
     def usage(_: Path) -> SimpleNamespace:  # of a disk with room for it once
         return SimpleNamespace(free=decoded.bytes - (left.stat().st_size if left.exists() else 0))
@@ -117,12 +127,12 @@ def test_what_a_killed_process_left_does_not_count_as_taken(tiny_shards: Path, t
 def test_a_build_that_is_asked_to_stop_does_and_leaves_nothing(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    stop = StopRequest()
+    stop = StopSignal()
     stop.name = "SIGTERM"
     recipe = load_recipe(tiny_recipe(data={"decoded_cache": str(tmp_path / "pixels")}))
     with pytest.raises(Preempted, match=r"asked to stop \(SIGTERM\) while images were decoded"):
         run(recipe, stop=stop)
-    assert not list((tmp_path / "pixels").glob("*.[pw]*"))
+    assert not list((tmp_path / "pixels").glob("*pixels*"))
 
 
 def test_a_folder_that_cannot_be_made_and_an_image_that_is_damaged(tiny_shards: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Boxes of people in a folder of images: which images, which boxes, whose weights; checked with random ones."""
+"""Detection of people in a folder of images: images, boxes and weights; tested with random weights."""
 
 import json
 import urllib.error
@@ -31,7 +31,7 @@ def write_image(path: Path, seed: int, *, height: int = 60, width: int = 80) -> 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three images of three sizes, and a text."""
+    """Return a folder with three images of three sizes, and a text file."""
     path = tmp_path_factory.mktemp("images")
     for seed, (name, height) in enumerate((("img_12.png", 60), ("img_7.png", 40), ("img_300.PNG", 90))):
         write_image(path / name, seed, height=height)
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """The detector with random weights that sees people and others everywhere."""
+    """Return the detector with random weights and biases that make it detect people and cats everywhere."""
     torch.manual_seed(0)
     model = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91, **QUICK).eval()
     with torch.no_grad():
@@ -59,12 +59,12 @@ def weights(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images at a tenth of the usual size."""
+    """Resize images to a tenth of the usual size."""
     monkeypatch.setattr(detect, "load_detector", lambda path, **options: load_detector(path, **options, **QUICK))
 
 
 class Known(nn.Module):
-    """A detector that finds, in any image, one person at a place that tells the image's size, and one dog."""
+    """A detector that finds one person, in a box that depends on the image's size, and one dog in every image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_what_is_detected_evaluates_on_shards_of_the_same_images(folder: Path, t
         Detections(shards, boxes)
 
 
-# --- which images -----------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_what_is_detected_evaluates_on_shards_of_the_same_images(folder: Path, t
         (["000000000785.jpg", "000000001000.jpg"], [785, 1000]),
         (["COCO_val2014_000000000042.jpg"], [42]),
         (["a.jpg", "b.jpg"], [1, 2]),
-        (["a1.jpg", "b1.jpg"], [1, 2]),  # the number would be the same
+        (["a1.jpg", "b1.jpg"], [1, 2]),  # the numbers are equal
         (["a1.jpg", "b.jpg", "c7.jpg"], [1, 2, 3]),
     ],
 )
@@ -195,7 +195,7 @@ def test_images_that_cannot_be_read_are_skipped_and_counted(tmp_path: Path, caps
         find_boxes(Known(), tmp_path, {"d.png": 4})
 
 
-# --- whose weights ----------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------
 
 
 def test_without_a_connection_the_message_names_the_way_out(
@@ -268,7 +268,7 @@ def test_boxes_that_cannot_be_written_in_the_end_are_refused_whole(
     output = tmp_path / "boxes.json"
 
     def look(*_: object, **__: object) -> list[Any]:
-        output.mkdir()  # in the meantime
+        output.mkdir()  # while images are searched
         return []
 
     monkeypatch.setattr("fpd_accel.detect.find_boxes", look)
@@ -277,7 +277,7 @@ def test_boxes_that_cannot_be_written_in_the_end_are_refused_whole(
     assert list(tmp_path.rglob("*")) == [output]
 
 
-# --- at the command line ----------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

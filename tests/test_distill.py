@@ -1,4 +1,4 @@
-"""The objective, against the published implementation's first steps and against itself."""
+"""The objective follows the first steps of the published implementation, and has the properties that it should."""
 
 import copy
 import json
@@ -13,11 +13,10 @@ from torch import nn
 
 from fpd_accel import Distiller, create_model
 from fpd_accel.codecs import HeatmapCodec
-from fpd_accel.data import Batch
-from fpd_accel.data.batch import Normalization
+from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.losses import heatmap_mse
-from fpd_accel.teacher import Teacher
+from fpd_accel.training.teacher import Teacher
 
 CODEC = HeatmapCodec(input_size=(64, 64), heatmap_size=(16, 16), sigma=1.5)
 
@@ -35,7 +34,7 @@ def random_batch(people: int = 3, *, seed: int = 0) -> Batch:
 
 
 class InDouble(nn.Module):
-    """A network that computes in float64, where three steps do not hang on the machine's rounding."""
+    """A network that computes in float64, so that three steps do not depend on the rounding of the machine."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -45,6 +44,7 @@ class InDouble(nn.Module):
         return self.network(images.double())
 
 
+@pytest.mark.parity
 @pytest.mark.timeout(240)
 def test_three_training_steps_follow_the_published_implementation(shared: Path) -> None:
     fixture = np.load(shared / "reference" / "coco_val_inputs.npz")
@@ -88,9 +88,9 @@ def test_loss_is_the_weighted_sum_over_stages_against_the_teachers_last_stage() 
     losses = Distiller(student, teacher, CODEC, alpha=0.3)(batch)
     target, weight = CODEC.encode(batch.keypoints, batch.visible)
     images = Distiller(student, None, CODEC).normalization(batch.crops)
-    taught = teacher(images)[-1].detach()
+    teacher_output = teacher(images)[-1].detach()
     pose = sum(heatmap_mse(stage, target, weight) for stage in student(images))
-    kd = sum(heatmap_mse(stage, taught, weight) for stage in student(images))
+    kd = sum(heatmap_mse(stage, teacher_output, weight) for stage in student(images))
     torch.testing.assert_close(losses.pose, pose.detach())
     torch.testing.assert_close(losses.kd, kd.detach())
     torch.testing.assert_close(losses.total, 0.7 * pose + 0.3 * kd)
@@ -137,10 +137,10 @@ def test_alpha_one_leaves_the_labels_without_influence_on_the_gradient() -> None
 
 def test_teacher_heatmaps_can_enter_the_backward_pass() -> None:
     teacher = Teacher(create_model("tiny_w8", 17))
-    (taught,) = teacher(random_batch().crops)
+    (teacher_output,) = teacher(random_batch().crops)
     scale = torch.ones((), requires_grad=True)
-    (scale * taught).sum().backward()
-    assert not taught.is_inference()
+    (scale * teacher_output).sum().backward()
+    assert not teacher_output.is_inference()
     assert scale.grad is not None
 
 
@@ -153,7 +153,7 @@ def test_impossible_objectives_are_refused(alpha: float, mask: str) -> None:
 
 
 class EveryLayer(nn.Module):
-    """What the networks consist of, in small: a strided convolution, a token's linear layer, a transposed one."""
+    """The kinds of layers in the networks: a strided and a transposed convolution, a linear layer of tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class EveryLayer(nn.Module):
 
 
 @pytest.mark.parametrize("create", [lambda: create_model("tiny_w8", 17), EveryLayer], ids=["tiny_w8", "every layer"])
-def test_a_bfloat16_teacher_says_what_autocast_makes_of_its_float32_weights(create: Callable[[], nn.Module]) -> None:
+def test_a_bfloat16_teacher_equals_autocast_on_its_float32_weights(create: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model, crops = create().eval(), random_batch().crops
     teacher = Teacher(copy.deepcopy(model), precision=torch.bfloat16)

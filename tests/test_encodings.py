@@ -1,4 +1,4 @@
-"""Codecs and their decoders as pairs: what goes in comes out, mirrored or not."""
+"""Codecs and their decoders in pairs: keypoints survive a round trip, mirrored or not."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fpd_accel.codecs import HeatmapCodec, PoseCodec, SimCCCodec, create_codec
-from fpd_accel.config import Codec
 from fpd_accel.decode import accuracy, decode, decode_heatmaps, fuse
 from fpd_accel.errors import UserError
 from fpd_accel.geometry import box_to_region, crop_matrix, transform_points
@@ -15,21 +14,21 @@ from fpd_accel.skeleton import COCO
 
 INPUT = (128, 96)  # (height, width)
 NAMES = ("heatmap", "dark", "udp", "simcc")
-# Largest error along one axis, input pixels: half a cell of 4 pixels, what a Taylor step leaves, half a bin.
+# Largest error along one axis, input pixels: half a cell of 4 pixels, the rest after a Taylor step, half a bin.
 BOUNDS = {"heatmap": 2.001, "dark": 0.3, "udp": 0.1, "simcc": 0.251}
 
 
 def codec_named(name: str) -> PoseCodec:
-    return create_codec(Codec(name=name), INPUT)
+    return create_codec(name, INPUT)
 
 
 def as_output(target: Output) -> Output:
-    """What a perfect network would put out: logits where the target is probabilities."""
+    """Return the output of a perfect network: logits in place of probabilities."""
     return target.map(lambda axis: axis.clamp(min=1e-12).log()) if isinstance(target, SimCC) else target
 
 
 def whole_crop(codec: PoseCodec, people: int) -> tuple[Tensor, Tensor]:
-    """The region for which image pixels are crop pixels."""
+    """Return centres and sizes of regions in which image pixels are crop pixels."""
     height, width = (INPUT[0] - 1, INPUT[1] - 1) if codec.unbiased else INPUT
     return torch.tensor([width / 2, height / 2]).expand(people, 2), torch.tensor([width * 1.0, height]).expand(
         people, 2
@@ -120,11 +119,11 @@ def test_accuracy_is_one_for_the_target_and_falls_when_it_moves(name: str) -> No
     assert accuracy(as_output(target), target) == 1.0
     assert accuracy(as_output(moved), target) == 0.0
     hidden, _ = codec.encode(keypoints, torch.zeros(8, 17))
-    assert accuracy(as_output(target), hidden) == 0.0  # nobody counts
+    assert accuracy(as_output(target), hidden) == 0.0  # no keypoint counts
 
 
-# Mirroring a crop's pixels and cropping a mirrored image differ by one pixel unless the grid is UDP's; the published
-# shift by a cell, right for the second, is a quarter of a cell too far for the first: 1 pixel, and rounding.
+# Mirroring the pixels of a crop and cropping a mirrored image differ by one pixel except on UDP's grid. The published
+# shift by one cell fits the second case and is a quarter of a cell too large for the first: 1 pixel, plus rounding.
 MIRROR_BOUNDS = {"heatmap": 3.0, "dark": 1.1, "udp": 0.05, "simcc": 0.51}
 
 
@@ -144,7 +143,7 @@ def test_flip_test_of_a_mirrored_image_is_the_mirrored_result(name: str) -> None
         center, size = box_to_region(box, INPUT)
         matrix = crop_matrix(center, float(size[0]), INPUT, unbiased=codec.unbiased)
         inside = transform_points(matrix, points)
-        mirrored = np.stack([width - 1 - inside[:, 0], inside[:, 1]], axis=1)[exchange]  # what flipping the pixels does
+        mirrored = np.stack([width - 1 - inside[:, 0], inside[:, 1]], axis=1)[exchange]  # as flipping the pixels does
         output = fuse(network(inside), network(mirrored), codec, COCO.flip_index)
         found, _ = decode(output, codec, torch.from_numpy(center)[None], torch.from_numpy(size)[None])
         return found[0].numpy()
@@ -162,7 +161,7 @@ def test_flip_test_of_a_mirrored_image_is_the_mirrored_result(name: str) -> None
 @pytest.mark.parametrize("name", ["udp", "simcc"])
 def test_what_comes_from_the_mirrored_image_alone_is_in_its_place(name: str) -> None:
     codec, width = codec_named(name), INPUT[1]
-    keypoints = random_keypoints(3).round()  # whole pixels: rounding to bins is not the subject
+    keypoints = random_keypoints(3).round()  # whole pixels, to leave rounding to bins aside
     mirrored = torch.stack((width - 1 - keypoints[..., 0], keypoints[..., 1]), dim=-1)[:, list(COCO.flip_index)]
     plain, flipped = (as_output(codec.encode(points, torch.ones(3, 17))[0]) for points in (keypoints, mirrored))
     nothing = each(plain, torch.zeros_like)

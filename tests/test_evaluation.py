@@ -1,4 +1,4 @@
-"""The path behind the network (rescoring, OKS-NMS, COCO's protocol), and the one around it, from crop to image."""
+"""Evaluation: the part after the network (rescoring, OKS-NMS, COCO's protocol), and the way from crop to image."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fpd_accel.codecs import HeatmapCodec
-from fpd_accel.config import Evaluate
+from fpd_accel.config.schema import Evaluate
 from fpd_accel.data.coco import prepare_coco
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream
-from fpd_accel.evaluation import evaluate
+from fpd_accel.errors import ModelError
+from fpd_accel.evaluation.coco_results import coco_results, ground_truth, ground_truth_predictions, keypoint_accuracy
+from fpd_accel.evaluation.evaluate import evaluate
 from fpd_accel.metrics import average_precision
-from fpd_accel.scoring import ground_truth, ground_truth_predictions, keypoint_accuracy, results
+from fpd_accel.outputs import SimCC
 from fpd_accel.skeleton import COCO, load_skeleton
 
 ROOT = Path(__file__).parents[1]
@@ -48,11 +50,11 @@ def synthetic(tiny_valid: Path) -> Shards:
 
 
 class Oracle(nn.Module):
-    """A network that knows the labels: its heatmaps are the targets of the batch that evaluation asks about next."""
+    """A network whose heatmaps are the targets of the next batch that the evaluation reads."""
 
     def __init__(self, shards: Shards, codec: HeatmapCodec, *, batch: int) -> None:
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(()))  # tells where the network lives
+        self.anchor = nn.Parameter(torch.zeros(()))  # the device of the network
         self.codec = codec
         self.stream = iter(PoseStream(shards, input_size=codec.input_size, batch_size=batch))
 
@@ -69,7 +71,7 @@ def shards(request: pytest.FixtureRequest) -> Shards:
 
 def test_ground_truth_as_prediction_scores_one(shards: Shards) -> None:
     predictions = ground_truth_predictions(shards)
-    found = results(shards, predictions, options=Evaluate(), input_size=(256, 192))
+    found = coco_results(shards, predictions, options=Evaluate(), input_size=(256, 192))
     scores = average_precision(ground_truth(shards), found, shards.skeleton.sigmas)
     assert scores["AP"] == scores["AR"] == pytest.approx(1.0)
     (accuracy,) = keypoint_accuracy(shards, predictions).values()
@@ -80,7 +82,7 @@ def test_labels_pushed_off_their_place_do_not(shards: Shards) -> None:
     labels = ground_truth_predictions(shards)
     quarter_box = shards.people[labels.rows]["box"][:, None, 2:].max(axis=-1, keepdims=True) / 4
     moved = replace(labels, keypoints=labels.keypoints + quarter_box)
-    found = results(shards, moved, options=Evaluate(), input_size=(256, 192))
+    found = coco_results(shards, moved, options=Evaluate(), input_size=(256, 192))
     assert average_precision(ground_truth(shards), found, shards.skeleton.sigmas)["AP"] < 0.2
     (accuracy,) = keypoint_accuracy(shards, moved).values()
     assert accuracy < 20.0
@@ -92,3 +94,30 @@ def test_target_heatmaps_come_back_to_the_image_within_their_resolution(shards: 
     metrics, _ = evaluate(oracle, shards, input_size=(256, 192), options=Evaluate(batch=16, flip_test=False))
     assert metrics["AP50"] > 0.99
     assert metrics["AP"] > 0.9  # a cell is 4 pixels of the crop
+
+
+class OneStage(nn.Module):
+    """A network that returns a given object in place of a tuple of stage outputs."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.output = output
+
+    def forward(self, *_: Tensor) -> object:
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (torch.zeros(8, 17, 16, 12), "OneStage returned Tensor, but a pose network returns a non-empty tuple"),
+        (SimCC(torch.zeros(8, 17, 96), torch.zeros(8, 17, 128)), "OneStage returned SimCC"),
+        ({"heatmaps": torch.zeros(8, 17, 16, 12)}, "OneStage returned dict"),
+        ((), "OneStage returned tuple"),
+        (None, "OneStage returned NoneType"),
+    ],
+)
+def test_a_network_without_a_tuple_of_stage_outputs_is_refused(synthetic: Shards, output: object, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        evaluate(OneStage(output), synthetic, input_size=(64, 48), options=Evaluate(batch=8))

@@ -1,4 +1,4 @@
-"""What may happen to a running job, disks and data and processes, ends it with one message and costs nothing before."""
+"""Faults of disks, data and processes end a job with one message, and the last checkpoint stays intact."""
 
 import itertools
 import json
@@ -18,15 +18,17 @@ import pytest
 from datasets import Dataset, load_from_disk
 from jobs import DISTILL, ENVIRONMENT, PATIENCE, ROOT, children, start, start_ranks, wait_for
 
-from fpd_accel.checkpoint import checkpoints, newest_whole, problem, read_state
-from fpd_accel.model_folder import ModelConfig, save_model
-from fpd_accel.models import create_model
+from fpd_accel.models.create import create_model
 from fpd_accel.skeleton import COCO
+from fpd_accel.training.checkpoint import checkpoints, newest_whole, problem, read_state
+from fpd_accel.weights.model_folder import ModelConfig, save_model
+
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
 def distill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A function that runs the command in this process; its exit code, and what it said."""
+    """Return a function that runs the command in this process and returns its exit code and stderr."""
 
     def main(recipe: Path, *overrides: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(DISTILL), "--config", str(recipe), *overrides])
@@ -39,17 +41,17 @@ def distill(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """A function by which something happens to a run of this process right after a step."""
+    """Return a function that arranges a call right after a step of a run in this process."""
 
-    def arrange(step: int, deed: Callable[[], object]) -> None:
-        from fpd_accel.student import Student
+    def arrange(step: int, action: Callable[[], object]) -> None:
+        from fpd_accel.training.student import Student
 
         taken, steps = Student.step, itertools.count(1)
 
         def take(student: Student, rate: float) -> None:
             taken(student, rate)
             if next(steps) == step:
-                deed()
+                action()
 
         monkeypatch.setattr(Student, "step", take)
 
@@ -62,7 +64,7 @@ def curve(directory: Path) -> list[tuple[int, float]]:
 
 
 def assert_intact(directory: Path, *, step: int) -> None:
-    """The newest checkpoint is that of a step, all verify, and nothing else lies beside them."""
+    """Check that the newest checkpoint is that of a step, that all verify, and that there are no staged files."""
     folder = directory / "checkpoints"
     assert all(problem(checkpoint) is None for checkpoint in checkpoints(folder))
     newest = newest_whole(folder)
@@ -72,12 +74,12 @@ def assert_intact(directory: Path, *, step: int) -> None:
     assert (folder / "latest").read_text().strip() == newest.name
 
 
-# ---- disks that take no more
+# ---- full disks
 
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[Path, str], None]]:
-    """A function that mounts a file system of some size at a folder, or gives the one there another size."""
+    """Return a function that mounts a file system of a size at a folder, or changes the size of a mounted one."""
     mounted: list[Path] = []
 
     def mount(folder: Path, size: str) -> None:
@@ -97,7 +99,7 @@ def small_disk() -> Iterator[Callable[[Path, str], None]]:
 
 @pytest.fixture
 def short_recipe(tiny_recipe: Callable[..., Path]) -> Callable[[str], Path]:
-    """Six steps, evaluated after each epoch, a checkpoint after each third step."""
+    """Return a function that writes a recipe of six steps, with a checkpoint after every third."""
 
     def write(name: str, **sections: dict) -> Path:
         values = {
@@ -120,17 +122,17 @@ def test_disk_full_at_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "full" / "checkpoints"
-    small_disk(folder, "2m")  # one has 1.3 MB
-    code, said = distill(short_recipe("full"))
-    assert code == 2, said
-    assert f"{folder}: the checkpoint of step 6 (" in said
-    assert "No space left on device" in said
-    assert "; step_00000003, before it, is intact; make room and run the same command again" in said
-    assert "Traceback" not in said
+    small_disk(folder, "2m")  # a checkpoint has 1.3 MB
+    code, output = distill(short_recipe("full"))
+    assert code == 2, output
+    assert f"{folder}: the checkpoint of step 6 (" in output
+    assert "No space left on device" in output
+    assert "; step_00000003, before it, is intact; make room and run the same command again" in output
+    assert "Traceback" not in output
     assert_intact(folder.parent, step=3)
     small_disk(folder, "64m")
-    code, said = distill(tmp_path / "full.yaml")
-    assert code == 0, said
+    code, output = distill(tmp_path / "full.yaml")
+    assert code == 0, output
     assert_intact(folder.parent, step=6)
     assert distill(short_recipe("whole"))[0] == 0
     assert curve(tmp_path / "full") == curve(tmp_path / "whole")
@@ -144,14 +146,14 @@ def test_file_larger_than_allowed_at_a_checkpoint(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        code, said = distill(recipe)
+        code, output = distill(recipe)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert code == 2, said
-    assert "the checkpoint of step 6 (" in said
-    assert "File too large" in said
-    assert "step_00000003, before it, is intact" in said
-    assert "Traceback" not in said
+    assert code == 2, output
+    assert "the checkpoint of step 6 (" in output
+    assert "File too large" in output
+    assert "step_00000003, before it, is intact" in output
+    assert "Traceback" not in output
     assert_intact(tmp_path / "limited", step=3)
     assert distill(recipe)[0] == 0
 
@@ -161,7 +163,7 @@ PARTS = {
     "final": {"evaluate": {"every_epochs": None}, "data": {"valid": None, "workers": 0}},
     "predictions": {},
     "pictures": {"log": {"pictures_every_steps": 2}},
-    "tensorboard": {"log": {"tensorboard": True}},
+    "tensorboard": {"log": {"trackers": ["tensorboard"]}},
 }
 
 
@@ -178,18 +180,18 @@ def test_disk_full_elsewhere(
     if part == "tensorboard":
         (folder / "others").write_bytes(bytes(4096))
     recipe = short_recipe("full", **PARTS[part])
-    code, said = distill(recipe)
-    assert code == 2, said
-    assert str(tmp_path / "full") in said
-    assert "No space left on device" in said
-    assert "make room and run the same command again" in said
-    assert "Traceback" not in said
+    code, output = distill(recipe)
+    assert code == 2, output
+    assert str(tmp_path / "full") in output
+    assert "No space left on device" in output
+    assert "make room and run the same command again" in output
+    assert "Traceback" not in output
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
     found = checkpoints(tmp_path / "full" / "checkpoints")
     assert all(problem(checkpoint) is None for checkpoint in found)
     small_disk(folder, "64m")
-    code, said = distill(recipe)
-    assert code == 0, said
+    code, output = distill(recipe)
+    assert code == 0, output
     assert_intact(tmp_path / "full", step=6)
     assert [step for step, _ in curve(tmp_path / "full")] == [1, 2, 3, 4, 5, 6]
 
@@ -208,11 +210,11 @@ def test_disk_full_at_the_metrics(
     shutil.copytree(saved, tmp_path / "full", dirs_exist_ok=True)
     status = os.statvfs(tmp_path / "full")
     (tmp_path / "full" / "others").write_bytes(bytes(status.f_bfree * status.f_bsize - 3 * 4096))
-    code, said = distill(recipe, "train.steps=90", "checkpoint.every_steps=100")
-    assert code == 2, said
-    assert "No space left on device" in said
-    assert "make room and run the same command again" in said
-    assert "Traceback" not in said
+    code, output = distill(recipe, "train.steps=90", "checkpoint.every_steps=100")
+    assert code == 2, output
+    assert "No space left on device" in output
+    assert "make room and run the same command again" in output
+    assert "Traceback" not in output
     assert_intact(tmp_path / "full", step=3)
     (tmp_path / "full" / "others").unlink()
     assert distill(recipe, "train.steps=90", "checkpoint.every_steps=100")[0] == 0
@@ -225,11 +227,11 @@ def test_disk_full_on_the_rank_that_writes_ends_both(
     small_disk(tmp_path / "full" / "best", "4k")
     recipe = short_recipe("full", evaluate={"every_epochs": 0.5})  # after the checkpoint of step 3
     ranks = start_ranks(DISTILL, "--config", recipe)
-    said = [rank.ends() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "No space left on device" in said[0]
-    assert "another process is gone" in said[1]
-    assert "Traceback" not in said[0] + said[1]
+    outputs = [rank.final_output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "No space left on device" in outputs[0]
+    assert "the connection to another rank was lost or timed out" in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]
     assert_intact(tmp_path / "full", step=3)
 
 
@@ -238,7 +240,7 @@ def test_disk_full_on_the_rank_that_writes_ends_both(
 
 @pytest.fixture
 def own_shards(tiny_shards: Path, tmp_path: Path) -> Path:
-    """A copy of the people to train on, to be spoiled."""
+    """Return a copy of the training shards that the test may damage."""
     return shutil.copytree(tiny_shards, tmp_path / "shards")
 
 
@@ -268,9 +270,9 @@ def overwrite(file: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("deed", [remove, truncate, replace, overwrite])
+@pytest.mark.parametrize("damage", [remove, truncate, replace, overwrite])
 def test_data_changed_under_a_job(
-    deed: Callable[[Path], None],
+    damage: Callable[[Path], None],
     workers: int,
     short_recipe: Callable[..., Path],
     own_shards: Path,
@@ -282,12 +284,14 @@ def test_data_changed_under_a_job(
         "read", data={"train": str(own_shards), "valid": None, "workers": workers}, train={"steps": 100},
         checkpoint={"every_steps": 5}, log={"every_steps": 5},
     )  # fmt: skip
-    after_step(6, lambda: deed(images_file(own_shards)))
-    code, said = distill(recipe)
-    assert code == 2, said
-    assert str(own_shards) in said
-    assert "Traceback" not in said
-    assert any(text in said for text in ("while the run was reading it", "a loader process ended", "no longer decodes"))
+    after_step(6, lambda: damage(images_file(own_shards)))
+    code, output = distill(recipe)
+    assert code == 2, output
+    assert str(own_shards) in output
+    assert "Traceback" not in output
+    assert any(
+        text in output for text in ("while the run was reading it", "a loader process ended", "no longer decodes")
+    )
     assert_intact(tmp_path / "read", step=5)
 
 
@@ -298,7 +302,7 @@ def test_shard_removed_under_two_ranks_ends_both_with_one_message(
     script = tmp_path / "removing.py"
     script.write_text(
         "import itertools, os, runpy\n"
-        "from fpd_accel.student import Student\n"
+        "from fpd_accel.training.student import Student\n"
         "step, calls = Student.step, itertools.count(1)\n"
         "def step_and_remove(self, rate):\n"
         "    step(self, rate)\n"
@@ -311,12 +315,12 @@ def test_shard_removed_under_two_ranks_ends_both_with_one_message(
         log={"every_steps": 3},
     )  # fmt: skip
     ranks = start_ranks(script, "--config", recipe)
-    said = [rank.ends() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "Traceback" not in said[0] + said[1]
+    outputs = [rank.final_output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "Traceback" not in outputs[0] + outputs[1]
     message = f"{file}: was removed while the run was reading it; step_00000003 is intact"
-    assert [one.count(message) for one in said] == [1, 0], said
-    assert [one.count("error") for one in said] == [1, 0], said
+    assert [one.count(message) for one in outputs] == [1, 0], outputs
+    assert [one.count("error") for one in outputs] == [1, 0], outputs
     assert_intact(tmp_path / "read", step=3)
 
 
@@ -324,21 +328,21 @@ def test_shard_removed_under_two_ranks_ends_both_with_one_message(
 def ends_when_cut_short(
     after_step: Callable[[int, Callable[[], object]], None], distill: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> Callable[[Path, Path], None]:
-    """A function by which people's images are cut short after step 6 of a run, ``read``, and what has to come of it."""
+    """Return a function that truncates the images of a run, `read`, after step 6, and checks how the run ends."""
 
     def run(recipe: Path, people: Path) -> None:
         after_step(6, lambda: truncate(images_file(people)))
-        code, said = distill(recipe)
-        assert code == 2, said
-        assert str(people) in said
-        assert "Traceback" not in said
+        code, output = distill(recipe)
+        assert code == 2, output
+        assert str(people) in output
+        assert "Traceback" not in output
         assert_intact(tmp_path / "read", step=5)
 
     return run
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_held_out_data_cut_short_under_a_job(
+def test_held_out_data_truncated_under_a_job(
     workers: int,
     short_recipe: Callable[..., Path],
     tiny_valid: Path,
@@ -353,7 +357,7 @@ def test_held_out_data_cut_short_under_a_job(
     ends_when_cut_short(recipe, valid)
 
 
-def test_people_without_labels_cut_short_under_a_job_that_reads_them_itself(
+def test_unlabelled_data_truncated_under_a_job_without_loader_processes(
     short_recipe: Callable[..., Path],
     own_shards: Path,
     ends_when_cut_short: Callable[[Path, Path], None],
@@ -370,7 +374,7 @@ def test_people_without_labels_cut_short_under_a_job_that_reads_them_itself(
     ends_when_cut_short(recipe, unlabelled)
 
 
-def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
+def test_a_bus_error_of_a_truncated_file_names_the_line_of_code(
     short_recipe: Callable[..., Path], own_shards: Path, tmp_path: Path
 ) -> None:
     script = tmp_path / "cut_short.py"
@@ -388,18 +392,18 @@ def test_file_cut_short_while_this_process_reads_it_says_at_least_where(
         "cut", data={"train": str(own_shards), "valid": None}, checkpoint={"every_steps": 3, "background": False}
     )
     job = start(script, "--config", recipe)
-    said = job.ends()
-    assert job.returncode == -signal.SIGBUS, said
-    assert "Fatal Python error: Bus error" in said
-    assert "stream.py" in said
+    output = job.final_output()
+    assert job.returncode == -signal.SIGBUS, output
+    assert "Fatal Python error: Bus error" in output
+    assert "stream.py" in output
     assert_intact(tmp_path / "cut", step=3)
 
 
-# ---- numbers that are none
+# ---- losses of nan
 
 
 def change_rows(folder: Path, change: Callable[[dict], dict]) -> None:
-    """Write the rows of an Arrow dataset anew."""
+    """Rewrite the rows of an Arrow dataset."""
     rows = load_from_disk(str(folder))
     changed = Dataset.from_list([change(row) for row in rows], features=rows.features)
     del rows
@@ -408,7 +412,7 @@ def change_rows(folder: Path, change: Callable[[dict], dict]) -> None:
 
 
 def order_of(shards: Path) -> np.ndarray:
-    """Rows of ``people`` in the order in which seed 0 takes them first."""
+    """Return the rows of `people` in the order of the first epoch with seed 0."""
     from fpd_accel.data.shards import Shards
 
     opened = Shards(shards)
@@ -417,14 +421,14 @@ def order_of(shards: Path) -> np.ndarray:
 
 @pytest.fixture
 def spoilt_loss(tmp_path: Path) -> Callable[[int, int], Path]:
-    """A function that writes a command like the real one, in which the loss of one rank at one step is no number."""
+    """Return a function that writes a script like the command, in which the loss of one rank at one step is nan."""
 
     def write(rank: int, step: int) -> Path:
         script = tmp_path / "spoilt_loss.py"
         script.write_text(
             "import itertools, os, runpy, sys\n"
             "from dataclasses import replace\n"
-            "from fpd_accel.distill import Distiller\n"
+            "from fpd_accel.training.distiller import Distiller\n"
             "forward, calls = Distiller.forward, itertools.count(1)\n"
             "def spoilt(self, batch):\n"
             "    losses = forward(self, batch)\n"
@@ -438,37 +442,37 @@ def spoilt_loss(tmp_path: Path) -> Callable[[int, int], Path]:
     return write
 
 
-def test_loss_that_is_no_number_on_one_rank_ends_both_at_the_same_step(
+def test_a_loss_of_nan_on_one_rank_ends_both_at_the_same_step(
     short_recipe: Callable[..., Path], spoilt_loss: Callable[[int, int], Path], tmp_path: Path
 ) -> None:
     recipe = short_recipe("spoilt", data={"valid": None}, log={"every_steps": 6})
     ranks = start_ranks(spoilt_loss(1, 5), "--config", recipe)
-    said = [rank.ends() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert f"{tmp_path / 'spoilt'}: the loss of step 5 is nan; nothing was saved after it" in said[0]
-    assert "Traceback" not in said[0] + said[1]
+    outputs = [rank.final_output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert f"{tmp_path / 'spoilt'}: the loss of step 5 is nan; nothing was saved after it" in outputs[0]
+    assert "Traceback" not in outputs[0] + outputs[1]
     assert_intact(tmp_path / "spoilt", step=3)
     again = start_ranks(DISTILL, "--config", recipe)
-    said = [rank.ends() for rank in again]
-    assert [rank.returncode for rank in again] == [0, 0], said
+    outputs = [rank.final_output() for rank in again]
+    assert [rank.returncode for rank in again] == [0, 0], outputs
     assert_intact(tmp_path / "spoilt", step=6)
     assert [step for step, _ in curve(tmp_path / "spoilt")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_teacher_that_gives_no_numbers_ends_the_run(
+def test_a_teacher_with_outputs_of_nan_ends_the_run(
     short_recipe: Callable[..., Path], distill: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    from fpd_accel.model_folder import ModelConfig, save_model
-    from fpd_accel.models import create_model
+    from fpd_accel.models.create import create_model
     from fpd_accel.skeleton import COCO
+    from fpd_accel.weights.model_folder import ModelConfig, save_model
 
     weights = create_model("tiny_w8", 17).state_dict()
     weights["head.bias"].fill_(float("nan"))
     save_model(tmp_path / "teacher", weights, ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64)))
     sections = {"teacher": {"weights": str(tmp_path / "teacher")}, "distill": {"mode": "fpd"}}
-    code, said = distill(short_recipe("spoilt", **sections))
-    assert code == 2, said
-    assert "the loss of step 1 is nan" in said
+    code, output = distill(short_recipe("spoilt", **sections))
+    assert code == 2, output
+    assert "the loss of step 1 is nan" in output
     assert checkpoints(tmp_path / "spoilt" / "checkpoints") == []
 
 
@@ -487,18 +491,18 @@ def test_image_that_one_rank_alone_cannot_read_is_named_by_that_rank(
         own_shards / "images", lambda record: record if next(numbers) != image else record | {"bytes": b"no picture"}
     )
     ranks = start_ranks(DISTILL, "--config", short_recipe("spoilt", data={"train": str(own_shards), "valid": None}))
-    said = [rank.ends() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "error (rank 1):" in said[1]
-    assert "another process is gone" in said[0]
-    assert "step_00000003 is intact, and the same command goes on" in said[0]
-    assert "no longer decodes; prepare it again" in said[1]
-    assert "Traceback" not in said[0] + said[1]
+    outputs = [rank.final_output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "error (rank 1):" in outputs[1]
+    assert "the connection to another rank was lost or timed out" in outputs[0]
+    assert "step_00000003 is intact, and the same command goes on" in outputs[0]
+    assert "no longer decodes; prepare it again" in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]
 
 
 @pytest.fixture
 def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A function that starts the command on two ranks, by PyTorch's own launcher."""
+    """Return a function that starts the command on two ranks with torchrun."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
@@ -528,16 +532,16 @@ def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(
     while not (metrics.exists() and '"step": 12,' in metrics.read_text()):
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.01)
-    os.kill(max(children(job.pid)), signal.SIGKILL)  # the slow tests kill any of them, and all
-    _, said = job.communicate(timeout=PATIENCE)
+    os.kill(max(children(job.pid)), signal.SIGKILL)  # `faults/kills.py` kills any of them
+    _, output = job.communicate(timeout=PATIENCE)
     assert job.returncode not in (0, None)
-    assert "another process is gone" in said
-    assert "SIGKILL" in said  # torchrun's summary, of the one that was killed
+    assert "the connection to another rank was lost or timed out" in output
+    assert "SIGKILL" in output  # in torchrun's summary
     newest = newest_whole(tmp_path / "torn" / "checkpoints")
     assert newest is not None
     step = read_state(newest)["step"]
     again = start_ranks(DISTILL, "--config", recipe, f"train.steps={step + 5}")
-    assert [rank.wait() for rank in again] == [0, 0], again[0].said()
+    assert [rank.wait() for rank in again] == [0, 0], again[0].output()
     assert [step for step, _ in curve(tmp_path / "torn")] == list(range(1, step + 6))
 
 
@@ -549,11 +553,11 @@ def test_ctrl_c_ends_the_run_without_leaving_anything_half_written(
     job = start(DISTILL, "--config", short_recipe("interrupted", **sections))
     wait_for((folder / "checkpoints" / "latest").exists, "a checkpoint", job)
     wait_for(lambda: any((folder / "checkpoints").glob(".step_*.writing")), "another one", job, every=0.0005)
-    os.killpg(job.pid, signal.SIGINT)  # as a terminal does, loader processes included
-    said = job.ends()
-    assert job.returncode == 130, said
-    assert "interrupted; the same command goes on from the last checkpoint" in said
-    assert "Traceback" not in said
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: the loader processes get it too
+    output = job.final_output()
+    assert job.returncode == 130, output
+    assert "interrupted; the same command continues from the last checkpoint" in output
+    assert "Traceback" not in output
     newest = newest_whole(folder / "checkpoints")
     assert newest is not None
     assert_intact(folder, step=read_state(newest)["step"])

@@ -10,7 +10,7 @@ from fpd_accel.errors import DataError
 from fpd_accel.files import write_whole
 
 
-def test_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "people.json"
     for content in ("first", "second"):
         write_whole(path, content)

@@ -11,13 +11,13 @@ from test_distill import random_batch
 from torch import nn
 
 from fpd_accel import create_model
-from fpd_accel.config import load_recipe
-from fpd_accel.fold import fold_norm
-from fpd_accel.models import MODELS
-from fpd_accel.teacher import Teacher
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.models.fold_norm import fold_norm
+from fpd_accel.models.names import MODELS
+from fpd_accel.training.teacher import Teacher
 
 # The first of each class, and what the same class builds otherwise.
-FIRST = {builder.func: name for name, builder in reversed(MODELS.items())}.values()
+FIRST = {architecture.target: name for name, architecture in reversed(MODELS.items())}.values()
 FAMILIES = [*FIRST, "pose_resnet_50", "vitpose_s_simple", "hourglass_2x16", "tiny_w8_simcc"]
 
 
@@ -61,6 +61,19 @@ def test_what_follows_no_convolution_of_as_many_channels_stays() -> None:
     assert fold_norm(of_the_batch) == 0
 
 
+class ReluBetween(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(images).relu())
+
+
+def test_classes_whose_order_is_not_known_stay() -> None:
+    assert fold_norm(nn.Sequential(ReluBetween(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()) == 1
+
+
 def test_wrong_statistics_would_be_noticed() -> None:
     model = trained("tiny_w8")
     folded, images = copy.deepcopy(model), torch.randn(2, 3, 64, 64)
@@ -83,9 +96,9 @@ def test_a_teacher_folds_on_request_alone_and_does_not_train() -> None:
 def test_a_run_keeps_the_weights_that_the_teacher_was_trained_to(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from fpd_accel.model_folder import ModelConfig, save_model
-    from fpd_accel.run import run
     from fpd_accel.skeleton import COCO
+    from fpd_accel.training.run import run
+    from fpd_accel.weights.model_folder import ModelConfig, save_model
 
     config = ModelConfig(arch="tiny_w16", skeleton=COCO, input_size=(64, 64))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""From boxes to crops: against affine maps solved from three points, and by going there and back."""
+"""Boxes to crops: compared with affine maps solved from three points, and by round trips."""
 
 import cv2
 import numpy as np
@@ -12,10 +12,10 @@ SIZES = [(256, 192), (64, 64), (96, 128)]  # (height, width) of crops
 def three_point_matrix(
     center: np.ndarray, width: float, input_size: tuple[int, int], rotation: float = 0.0
 ) -> np.ndarray:
-    """The affine map through three pairs of points, as the published implementation builds it.
+    """Return the affine map through three pairs of points, as the published implementation builds it.
 
     The region's centre goes to half the crop's size; the point half a width above it, in the direction turned by
-    ``rotation`` degrees, to half a crop's width above; and the corner beside that one to the corner beside.
+    `rotation` degrees, to half a crop's width above; and the corner beside that one to the corner beside.
     """
     height, crop_width = input_size
     angle = np.deg2rad(rotation)
@@ -27,7 +27,7 @@ def three_point_matrix(
 
 
 def smooth_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Random colours without an edge: less than four grey levels from one pixel to the next."""
+    """Return random colours without edges: less than four grey levels from one pixel to the next."""
     noise = np.random.default_rng(seed).uniform(0, 255, (height // 16 + 2, width // 16 + 2, 3)).astype(np.float32)
     image = cv2.GaussianBlur(cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC), (0, 0), 12)
     return np.clip(image, 0, 255).astype(np.uint8)
@@ -42,7 +42,7 @@ def test_a_crop_is_the_affine_map_through_three_points(input_size: tuple[int, in
         expected = three_point_matrix(center, width, input_size, rotation)
         np.testing.assert_allclose(
             crop_matrix(center, width, input_size, rotation=rotation), expected, rtol=0, atol=1e-8
-        )  # of image pixels, which are below 1000: 1e-5 crop pixels
+        )  # times image coordinates below 1000: 1e-5 crop pixels
 
 
 def test_a_crop_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_a_crop_by_hand() -> None:
 
 
 def test_a_positive_angle_turns_the_region_clockwise() -> None:
-    # y points down: turned clockwise by 90 degrees, the region's top is what lies to the right of its centre.
+    # y points down: after a clockwise turn by 90 degrees the right of the region is its top.
     matrix = crop_matrix(np.array([100.0, 100.0]), 64.0, (64, 64), rotation=90.0)
     np.testing.assert_allclose(transform_points(matrix, np.array([[120.0, 100.0]])), [[32.0, 12.0]], atol=1e-9)
 
@@ -76,7 +76,7 @@ def test_a_mirrored_crop_is_the_crop_of_the_mirrored_image(rotation: float) -> N
     matrix = crop_matrix(np.array([319 - center[0], center[1]]), 120.0, input_size, rotation=rotation)
     expected = cv2.warpAffine(np.ascontiguousarray(image[:, ::-1]), matrix, (96, 128), flags=cv2.INTER_LINEAR)
     found = cv2.warpAffine(image, mirror_matrix(matrix, 320), (96, 128), flags=cv2.INTER_LINEAR)
-    assert expected.std() > 10  # grey levels: there is something to be seen in it
+    assert expected.std() > 10  # grey levels: the image is not flat
     assert np.abs(expected.astype(int) - found).max() <= 1  # grey level: rounding of the interpolation
     mirrored = np.array([[319 - 100.0, 50.0]])
     np.testing.assert_allclose(
@@ -156,7 +156,7 @@ def test_boxes_are_cut_to_the_image_one_by_one_and_together() -> None:
     ("box", "clipped"),
     [
         ([10, 10, 20, 20], [10, 10, 19, 19]),  # the last pixel is x + w - 1
-        ([-5, -5, 20, 20], [0, 0, 19, 19]),  # the published loader moves the box in, it does not cut it here
+        ([-5, -5, 20, 20], [0, 0, 19, 19]),  # the published loader moves such a box instead of cutting it
         ([90, 70, 50, 50], [90, 70, 9, 9]),
         ([0, 0, 100, 80], [0, 0, 99, 79]),
         ([3, 3, 0, 0], [3, 3, 0, 0]),

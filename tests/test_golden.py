@@ -1,4 +1,4 @@
-"""The loss curve of a tiny run is a file in the repository: a change says "same curve", or "new curve" and why.
+"""The loss curve of a tiny run is a file in the repository: a change states "same curve", or "new curve" and why.
 
 To record a new curve: FPD_RECORD_GOLDEN=1 pytest tests/test_golden.py
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpd_accel.config import load_recipe
+from fpd_accel.config.loading import load_recipe
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_fpd.json"
 NAMES = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr", "alpha")
@@ -20,7 +20,7 @@ NAMES = ("train_loss", "train_pose_loss", "train_kd_pose_loss", "train_acc", "lr
 def test_loss_curve_of_the_tiny_run_is_the_recorded_one(
     tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # on all cores, as it was recorded: threads sum in another order
     teacher = tiny_recipe(

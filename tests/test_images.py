@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from fpd_accel.bench.crowd import PHOTOGRAPHS, draw_crowd
-from fpd_accel.config import Augment
-from fpd_accel.data import PoseStream, Shards, images
+from fpd_accel.config.schema import Augment
+from fpd_accel.data import images
 from fpd_accel.data import stream as stream_module
 from fpd_accel.data.coco import prepare_coco
-from fpd_accel.data.images import BELOW, decode_image, shorten_jpeg
+from fpd_accel.data.images import MARGIN_ROWS, decode_image, shorten_jpeg
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import PoseStream
 
 HEIGHT, WIDTH = 75, 101  # pixels: no whole number of a JPEG's blocks
 SAMPLINGS = {  # of colours beside brightness
@@ -93,7 +95,7 @@ def test_the_rows_of_a_jpeg_that_are_asked_for_are_those_of_the_whole(
     for rows in range(1, HEIGHT + 20):
         pixels = decode_image(np.frombuffer(data, dtype=np.uint8), rows=rows)
         assert pixels is not None
-        assert pixels.shape == (min(HEIGHT, rows + BELOW), WIDTH, 3)  # and no more are decoded
+        assert pixels.shape == (min(HEIGHT, rows + MARGIN_ROWS), WIDTH, 3)  # and no more are decoded
         np.testing.assert_array_equal(pixels[:rows], whole[:rows])
     assert capfd.readouterr() == ("", "")  # libjpeg complains of what is left over
 
@@ -211,7 +213,7 @@ def test_crops_are_those_of_whole_images(photographs: Shards, monkeypatch: pytes
     augment, samples = Augment(rotation=60, scale=0.6), range(200)  # ten epochs
     stream = PoseStream(photographs, input_size=(128, 96), batch_size=4, augment=augment, unbiased=unbiased)
     crops = stream.batch(samples).crops
-    monkeypatch.setattr(stream_module, "_by_image", lambda people: [[number] for number in range(len(people))])
+    monkeypatch.setattr(stream_module, "_group_by_image", lambda people: [[number] for number in range(len(people))])
     asked = []
 
     def decode(data: np.ndarray, *, rows: int) -> np.ndarray | None:
@@ -229,7 +231,7 @@ def test_crops_are_those_of_whole_images(photographs: Shards, monkeypatch: pytes
     monkeypatch.setattr(stream_module, "decode_image", lambda data, rows: decode_image(data))  # noqa: ARG005
     assert torch.equal(stream.batch(samples).crops, alone)
     assert torch.equal(crops, alone)  # images that several share are decoded as far down as the lowest needs
-    assert sum(rows + BELOW < PHOTOGRAPHS.height for rows in asked) > 20
+    assert sum(rows + MARGIN_ROWS < PHOTOGRAPHS.height for rows in asked) > 20
     assert max(asked) > PHOTOGRAPHS.height  # and some are needed to their end
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from fpd_accel import Predictor, load_model
 from fpd_accel.cli import main
-from fpd_accel.config import ConfigError, load_recipe
-from fpd_accel.import_weights import import_weights
-from fpd_accel.legacy import read_checkpoint
-from fpd_accel.model_folder import ModelConfig, read_model_config, save_model
-from fpd_accel.models import WeightsError, create_model
-from fpd_accel.report import describe_model, model_cost, original_gflops
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.errors import ConfigError, WeightsError
+from fpd_accel.models.create import create_model
 from fpd_accel.skeleton import COCO, load_skeleton
+from fpd_accel.weights.import_weights import import_weights
+from fpd_accel.weights.model_cost import describe_model, model_cost, original_gflops
+from fpd_accel.weights.model_folder import ModelConfig, read_model_config, save_model
+from fpd_accel.weights.pickle_reader import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 LSP = ROOT / "recipes" / "skeletons" / "lsp.yaml"
@@ -160,7 +161,7 @@ def test_vitpose_is_taken_as_trained_by_udp_with_sigma_2(tmp_path: Path) -> None
     save_file(weights_of("vitpose_s_simple", input_size=(384, 288)), tmp_path / "a.safetensors")
     imported = import_weights(tmp_path / "a.safetensors", tmp_path / "out")
     assert (imported.config.codec.name, imported.config.codec.sigma) == ("udp", 2.0)
-    assert (imported.config.input_size, imported.reasons["codec"]) == ((384, 288), "ViTPose's")
+    assert (imported.config.input_size, imported.reasons["codec"]) == ((384, 288), "as every published ViTPose")
 
 
 def test_normalisation_comes_from_the_command_then_the_transformers_folder(
@@ -183,7 +184,7 @@ def test_normalisation_comes_from_the_command_then_the_transformers_folder(
     for damaged in ("[]", "{", '{"image_mean": 0.5}'):
         preprocessor.write_text(damaged)
         assert "preprocessor_config.json" in refusal(capsys, *command, tmp_path / "no")
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     with pytest.raises(ConfigError, match="but students are trained on ImageNet's"):
         run(load_recipe(tiny_recipe(student={"arch": "tiny_w8", "weights": str(tmp_path / "told")})))
@@ -255,7 +256,7 @@ def test_nothing_is_written_when_anything_does_not_match(tmp_path: Path, capsys:
     save_file(weights, tmp_path / "source.safetensors")
     arguments = ("import-weights", tmp_path / "source.safetensors", "--output", output)
     assert "multiples of 16" in refusal(capsys, *arguments, "--input-size", 100, 64)
-    assert "'tiny_w9' is not a model" in refusal(capsys, *arguments, "--arch", "tiny_w9")
+    assert "'tiny_w9' is not an architecture" in refusal(capsys, *arguments, "--arch", "tiny_w9")
     assert "there is no such file" in refusal(capsys, "import-weights", tmp_path / "no.pth", "--output", output)
     assert not output.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors"}
@@ -288,7 +289,7 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_runs(
     assert "refused, because unpickling it would run code: it needs" in message
     assert "mkdir" in message
     recipe = tiny_recipe(student={"arch": "pose_resnet_18", "init": str(source)})
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     with pytest.raises(WeightsError, match="refused, because unpickling it would run code"):
         run(load_recipe(recipe))
@@ -332,67 +333,7 @@ def test_other_objects_of_mmpose_are_refused_with_what_to_do(tmp_path: Path) -> 
         torch.save({"state_dict": weights_of("tiny_w8"), "meta": config}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"it needs mmengine\.config\.config\.Config") as caught:
         read_checkpoint(tmp_path / "a.pth")
-    assert "torch.save(checkpoint['state_dict'], 'weights.pth') leaves it out" in str(caught.value)
-
-
-# ---- --verify ----
-
-
-def write_fixtures(folder: Path, *, change: float = 0.0) -> Path:
-    """Fixtures of a small hourglass in the form of the reference's, its first stage's heatmaps off by `change`."""
-    model = create_model("hourglass_2x16", 14).eval()
-    fill_with_formula(model)
-    images = np.random.RandomState(7).standard_normal((1, 3, 64, 64)).astype(np.float32)
-    with torch.inference_mode():
-        outputs = [heatmaps.numpy() for heatmaps in model(torch.from_numpy(images))]
-    outputs[0] = outputs[0] + change * np.abs(outputs[0]).max()
-    (folder / "state_dicts").mkdir(parents=True)
-    record = {
-        "image_size_wh": [64, 64],
-        "num_keypoints": 14,
-        "state_dict": [[name, list(tensor.shape)] for name, tensor in model.state_dict().items()],
-    }
-    (folder / "state_dicts" / "hourglass_2x16.json").write_text(json.dumps(record))
-    np.savez(folder / "hourglass_2x16.npz", out0=outputs[0], out1=outputs[1])
-    return folder
-
-
-def test_verify_prints_the_fixture_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(weights_of("hourglass_2x16", num_keypoints=14), tmp_path / "hg_64x64.pth")
-    arguments = ("import-weights", tmp_path / "hg_64x64.pth", "--skeleton", LSP, "--output", tmp_path / "out")
-    wrong = write_fixtures(tmp_path / "wrong", change=2e-4)  # twice the tolerance
-    message = refusal(capsys, *arguments, "--verify", wrong)
-    assert "does not agree with the fixtures" in message
-    assert "DIFFERS" in message
-    assert not (tmp_path / "out").exists()
-    assert "there is no fixture for hourglass_2x16" in refusal(capsys, *arguments, "--verify", tmp_path)
-    right = write_fixtures(tmp_path / "right", change=2e-5)
-    assert main([str(word) for word in (*arguments, "--verify", right)]) == 0
-    printed = capsys.readouterr().out
-    total = len(weights_of("hourglass_2x16", num_keypoints=14))
-    assert f"{total} of {total} found" in printed
-    assert f"{total} of {total} equal" in printed
-    assert printed.count("agrees") == 4  # names, shapes, two stages
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-def test_verify_on_a_checkpoint_of_the_reference(shared: Path, tmp_path: Path) -> None:
-    torch.save({"state_dict": weights_of("hourglass_4x128", num_keypoints=16)}, tmp_path / "hg_256x256.pth")
-    mpii = tmp_path / "mpii.yaml"
-    names = [f"joint{number}" for number in range(16)]
-    mpii.write_text(json.dumps({"name": "mpii", "keypoints": names, "sigmas": [0.1] * 16}))
-    imported = import_weights(
-        tmp_path / "hg_256x256.pth", tmp_path / "out", skeleton=mpii, verify=shared / "reference", color="bgr"
-    )
-    assert [comparison.agrees for comparison in imported.comparisons] == [True] * 6  # names, shapes, four stages
-
-
-def test_verify_is_for_the_original_alone(tmp_path: Path) -> None:
-    weights = weights_of("hrnet_w18")
-    renamed = {("head." if name.startswith("final") else "backbone.") + name: t for name, t in weights.items()}
-    save_file(renamed, tmp_path / "mmpose.safetensors")
-    with pytest.raises(WeightsError, match="--verify compares checkpoints of the HRNet and FPD repositories"):
-        import_weights(tmp_path / "mmpose.safetensors", tmp_path / "out", verify=tmp_path)
+    assert "torch.save(checkpoint['state_dict'], 'weights.pth') leaves them out" in str(caught.value)
 
 
 # ---- student.init ----
@@ -401,7 +342,7 @@ def test_verify_is_for_the_original_alone(tmp_path: Path) -> None:
 def test_a_run_starts_from_an_imagenet_backbone(tiny_recipe: Callable[..., Path], tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     import torchvision
 
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     backbone = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(backbone, tmp_path / "resnet18.pth")
@@ -421,7 +362,7 @@ def test_a_run_starts_from_an_imagenet_backbone(tiny_recipe: Callable[..., Path]
 def test_a_student_starts_only_with_the_colour_order_of_its_weights(
     tiny_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     save_file(weights_of("tiny_w8"), tmp_path / "tiny_64x64.safetensors")
     import_weights(tmp_path / "tiny_64x64.safetensors", tmp_path / "model", color="bgr")
@@ -449,6 +390,7 @@ def test_student_init_is_checked_with_the_recipe(tiny_recipe: Callable[..., Path
 # ---- what a network costs ----
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("arch", "published"),
     [
@@ -499,4 +441,10 @@ def test_info_says_what_a_model_folder_holds(tmp_path: Path, capsys: pytest.Capt
         "file: a [1].pth",
     ):
         assert words in printed, words
+    source = {"run": "a", "valid": {"step": 4, "AP": 0.7123456, "AR": 1.0}, "protocol": {"scales": [1.0], "nms": None}}
+    save_model(tmp_path / "model", weights_of("tiny_w8"), config.model_copy(update={"source": source}))
+    assert main(["info", str(tmp_path / "model")]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "run: a valid: step 4, AP 0.7123, AR 1 protocol: scales 1, nms none" in printed
+    assert "{" not in printed
     assert "not a model folder" in refusal(capsys, "info", tmp_path)

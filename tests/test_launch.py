@@ -1,4 +1,4 @@
-"""Every launch file does what its first lines say: read by Accelerate's own parser, or run where no GPU is needed."""
+"""Launch files do what their first lines say: Accelerate's parser reads them, or they run without a GPU."""
 
 import json
 import os
@@ -29,7 +29,7 @@ STARTED: list[subprocess.Popen] = []
 
 @pytest.fixture(autouse=True)
 def no_launcher_left_running() -> Iterator[None]:
-    """What a failed test has left is asked to stop, and then made to."""
+    """Terminate the processes that a failed test has left, and kill them if they do not end."""
     yield
     while STARTED:
         process = STARTED.pop()
@@ -51,20 +51,20 @@ def start(*command: str, environment: dict[str, str]) -> subprocess.Popen:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """No GPU, no launcher, and this Python first."""
+    """Return an environment without GPU and launcher, with this Python first in the path."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     bin_folder = Path(sys.executable).parent
     return {**kept, "PATH": f"{bin_folder}:{kept['PATH']}", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
 
 
 def commands(path: Path) -> list[str]:
-    """The commands that a launch file's comments tell to type."""
+    """Return the commands in the comments of a launch file."""
     lines = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
     return [line for line in lines if line.startswith("accelerate launch ")]
 
 
 def parsed(command: str, monkeypatch: pytest.MonkeyPatch):
-    """What Accelerate makes of a command: the arguments, and the environment of its processes."""
+    """Return the arguments that Accelerate reads from a command, and the environment of its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
@@ -76,15 +76,15 @@ def parsed(command: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_launch_file_says_where_to_run_and_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_file_sets_the_topology_and_nothing_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    config = load_config_from_file(str(path))  # raises on keys that it does not know, though not on nested ones
+    config = load_config_from_file(str(path))  # raises on unknown keys, except nested ones
     known = vars(launch_command_parser().parse_args(["x.py"]))
     assert set(config.fsdp_config) <= known.keys()
     assert (config.mixed_precision, config.dynamo_config) == ("no", {})
-    assert commands(path), f"{path} does not open with a command to type"
+    assert commands(path), f"{path} does not begin with a command to type"
     for rank, command in enumerate(commands(path)):
         arguments, variables = parsed(command, monkeypatch)
         assert arguments.config_file == f"launch/{path.name}"
@@ -116,7 +116,7 @@ def test_fsdp_files_ask_for_what_the_trainer_can_do(path: Path, monkeypatch: pyt
     assert not plugin.activation_checkpointing
 
 
-def test_number_of_processes_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_processes_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     command = commands(LAUNCH / "one_node_ddp.yaml")[0].replace("--num_processes 8 ", "")
     with pytest.raises(ValueError, match="--num_processes"):
         parsed(command, monkeypatch)
@@ -124,7 +124,7 @@ def test_number_of_processes_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def losses(tiny_recipe: Callable[..., Path], tmp_path: Path) -> Callable[[str], list[float]]:
-    """A function that returns the losses of the run of a name."""
+    """Return a function that reads the losses of a run by name."""
 
     def read(name: str) -> list[float]:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -145,11 +145,11 @@ def launch(config: str, *options: str, recipe: str, name: str, environment: dict
 
 
 def ends_well(*processes: subprocess.Popen) -> str:
-    said = ""
+    output = ""
     for process in processes:
-        said += process.communicate(timeout=PATIENCE)[1]
-    assert [process.returncode for process in processes] == [0] * len(processes), said[-3000:]
-    return said
+        output += process.communicate(timeout=PATIENCE)[1]
+    assert [process.returncode for process in processes] == [0] * len(processes), output[-3000:]
+    return output
 
 
 def free_port() -> str:
@@ -158,20 +158,20 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("config", ["one_node_ddp.yaml", "one_node_fsdp2.yaml"])
 def test_one_node_trains_as_one_process_does(
     config: str, recipe: str, environment: dict[str, str], losses: Callable
 ) -> None:
-    said = ends_well(launch("cpu.yaml", recipe=recipe, name="one", environment=environment))
-    assert "(1 x 4, " in said
+    output = ends_well(launch("cpu.yaml", recipe=recipe, name="one", environment=environment))
+    assert "(1 x 4, " in output
     without_gpus = {**environment, "ACCELERATE_USE_CPU": "true"}
-    said = ends_well(launch(config, "--num_processes", "2", recipe=recipe, name="two", environment=without_gpus))
-    assert "(2 x 2, " in said
+    output = ends_well(launch(config, "--num_processes", "2", recipe=recipe, name="two", environment=without_gpus))
+    assert "(2 x 2, " in output
     assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("config", ["multi_node_ddp.yaml", "multi_node_fsdp2.yaml"])
 def test_machines_join_under_the_address_of_the_first(config: str, recipe: str, environment: dict[str, str]) -> None:
     options = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
@@ -198,39 +198,37 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("2",), ("0", "recipe.yaml"), ("recipe.yaml", "2")])
-def test_local_asks_for_what_is_missing(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def test_local_names_its_missing_arguments(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     process = local(*arguments, environment=environment)
     assert "launch/local.sh 2 RECIPE.yaml" in process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 2
 
 
-def test_local_passes_a_mistake_on_and_says_it_once(recipe: str, environment: dict[str, str]) -> None:
+def test_local_reports_a_mistake_once_with_its_exit_code(recipe: str, environment: dict[str, str]) -> None:
     process = local("2", recipe, "train.stepss=3", environment=environment)
     assert process.communicate(timeout=PATIENCE)[1].count("did you mean 'steps'?") == 1
     assert process.returncode == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGUSR1])
-def test_local_saves_when_asked_to_stop_and_goes_on(
-    asked: signal.Signals, recipe: str, environment: dict[str, str], tmp_path: Path, losses: Callable
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_local_saves_on_a_stop_signal_and_resumes(
+    number: signal.Signals, recipe: str, environment: dict[str, str], tmp_path: Path, losses: Callable
 ) -> None:
     arguments = (recipe, "run.name=stopped", "optim.schedule=constant")
     process = local("2", *arguments, "train.steps=100000", environment=environment)
     wait_for_step(tmp_path / "stopped", 5, process)
-    process.send_signal(asked)
-    said = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == EXIT_PREEMPTED, said
-    assert "saved at step" in said
+    process.send_signal(number)
+    output = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == EXIT_PREEMPTED, output
+    assert "saved at step" in output
     steps = len(losses("stopped")) + 3
     ends_well(local("2", *arguments, f"train.steps={steps}", environment=environment))
     assert len(losses("stopped")) == steps
 
 
-@pytest.mark.slow
-def test_local_does_not_wait_for_ever_when_a_process_dies(
-    recipe: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.mark.faults
+def test_local_ends_when_a_process_is_killed(recipe: str, environment: dict[str, str], tmp_path: Path) -> None:
     process = local("2", recipe, "run.name=killed", "train.steps=100000", environment=environment)
     wait_for_step(tmp_path / "killed", 3, process)
     ranks = subprocess.run(

@@ -19,7 +19,7 @@ def random_case(batch=3, joints=5):
 
 
 def slow_errors(predicted, target, weight):
-    """Half the mean squared difference of the weighted heatmaps, of each sample and joint, in double precision."""
+    """Return half the mean squared difference of the weighted heatmaps of each sample and joint, float64."""
     predicted, target, weight = (tensor.double().numpy() for tensor in (predicted, target, weight))
     errors = np.zeros(weight.shape)
     for b, k in np.ndindex(*weight.shape):
@@ -99,7 +99,7 @@ def test_losses_are_computed_in_float32_whatever_comes_in(loss, dtype):
 
 
 def test_losses_read_no_value_back_from_the_device():
-    # The meta device has no values: anything that waits for one raises.
+    # The meta device has no values: reading one back raises.
     case = [tensor.to("meta") for tensor in random_case()]
     assert heatmap_mse(*case).shape == heatmap_ohkm(*case, top_k=2).shape == ()
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fpd_accel import metrics, similarity
+from fpd_accel import metrics
+from fpd_accel import oks as similarity
 from fpd_accel.decode import heatmap_accuracy
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import COCO
@@ -19,7 +20,7 @@ ANNOTATIONS = SHARED / "data" / "coco_sample" / "person_keypoints.json"
 
 
 def people(count=12, joints=17, seed=0):
-    """Crowded poses in groups of three alike, with different scores and areas."""
+    """Return crowded poses in groups of three similar ones, with different scores and areas."""
     random = np.random.default_rng(seed)
     keypoints = np.repeat(random.uniform(0, 300, (count // 3, joints, 2)), 3, axis=0)
     keypoints += random.normal(scale=4.0, size=keypoints.shape)
@@ -166,7 +167,7 @@ def test_heatmap_pck_is_the_training_accuracy_as_a_number():
 def test_pckh_weights_joints_by_how_often_they_are_visible():
     truth = np.zeros((4, 3, 2))
     predicted = truth.copy()
-    predicted[:, 0, 0] = [5.0, 5.01, 0.0, 100.0]  # head size 10: at most 5 pixels are right, and exactly 5 is
+    predicted[:, 0, 0] = [5.0, 5.01, 0.0, 100.0]  # head size 10: correct up to and including 5 pixels
     predicted[:, 1, 1] = [9.0, 9.0, 0.0, 0.0]
     visible = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 1, 0]])
     result = metrics.pckh(predicted, truth, np.full(4, 10.0), visible)
@@ -217,7 +218,7 @@ def test_pck_with_nobody_visible_is_undefined_not_zero():
 
 
 def dataset(poses):
-    """One image with a medium (area 64²) person for each pose, an array of (x, y, visibility)."""
+    """Return a dataset of one image with a person of medium size (area 64²) for each pose (x, y, visibility)."""
     annotations = [
         {"id": i, "image_id": 7, "category_id": 1, "iscrowd": 0, "area": 64.0**2, "bbox": [0, 0, 80, 80],
          "num_keypoints": int((pose[:, 2] > 0).sum()), "keypoints": pose.ravel().tolist()}
@@ -254,14 +255,14 @@ def test_ground_truth_as_prediction_is_perfect():
 @pytest.mark.parametrize("joints", [5, 16, 17])
 def test_one_of_two_people_found_is_half_the_recall_with_any_number_of_joints(joints, capsys):
     truth = dataset(poses(2, joints))
-    # Annotation 0 is the one found: pycocotools on its own takes a match with number 0 for a miss.
+    # Annotation 0 is found: pycocotools alone would take a match with annotation 0 for a miss.
     scores = metrics.average_precision(truth, [found(poses(2, joints)[0], 0.9)], np.full(joints, 0.05))
     # Precision 1 up to recall 0.5: 51 of the 101 recall levels.
     for name in ("AP", "AP50", "AP75", "AP_M"):
         assert scores[name] == pytest.approx(51 / 101), name
     for name in ("AR", "AR50", "AR75", "AR_M"):
         assert scores[name] == pytest.approx(0.5), name
-    assert scores["AP_L"] == scores["AR_L"] == -1.0  # nobody large in the ground truth
+    assert scores["AP_L"] == scores["AR_L"] == -1.0  # no large person in the ground truth
     assert capsys.readouterr().out == ""
 
 
@@ -269,8 +270,8 @@ def test_sigmas_decide_how_far_is_too_far():
     truth, moved = dataset(poses(1)), poses(1)[0]
     moved[:, 0] += 6.0  # pixels: OKS = exp(-36 / (2 * 64² * (2 sigma)²)), 0.64 for 0.05 and 0.87 for 0.09
     strict, lenient = (metrics.average_precision(truth, [found(moved, 1.0)], (s,) * 17) for s in (0.05, 0.09))
-    assert strict["AP"] == pytest.approx(0.3)  # right at 0.50, 0.55, 0.60 of ten thresholds
-    assert lenient["AP"] == pytest.approx(0.8)  # right up to 0.85
+    assert strict["AP"] == pytest.approx(0.3)  # correct at 0.50, 0.55, 0.60 of ten thresholds
+    assert lenient["AP"] == pytest.approx(0.8)  # correct up to 0.85
 
 
 def test_false_alarms_cost_precision_by_their_score():
@@ -339,11 +340,11 @@ def test_collection_goes_on_after_scores_as_before_however_they_end():
     assert gc.isenabled()
     gc.disable()
     try:
-        with metrics.without_collection():
+        with metrics.gc_paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
     finally:
         gc.enable()
-    with metrics.without_collection():
+    with metrics.gc_paused():
         assert not gc.isenabled()
     assert gc.isenabled()

@@ -14,8 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fpd_accel.config import Augment, load_recipe, steps_per_epoch
-from fpd_accel.data import Batch, Mixture, PoseStream, Shards, make_loader
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.config.plan import steps_per_epoch
+from fpd_accel.config.schema import Augment
+from fpd_accel.data.batch import Batch
+from fpd_accel.data.mixture import Mixture
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import PoseStream, make_loader
 from fpd_accel.errors import CheckpointError, ConfigError, DataError
 
 FIELDS = [field.name for field in dataclasses.fields(Batch)]
@@ -176,7 +181,7 @@ def test_one_dataset_comes_in_the_order_of_always(tiny_shards: Path) -> None:
 
 
 def train(recipe: Path, *overrides: str) -> None:
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     run(load_recipe(recipe, overrides))
 
@@ -240,7 +245,7 @@ def test_an_epoch_of_a_mixture_has_as_many_labelled_samples_as_there_are_people(
 ) -> None:
     recipe = load_recipe(mixed_recipe("run"), ["train.steps=null", "train.epochs=1"])
     people = len(Shards(tiny_shards)) + len(Shards(third))
-    assert steps_per_epoch(recipe, people) == people / 4
+    assert steps_per_epoch(recipe.train, recipe.data, people) == people / 4
     train(mixed_recipe("run"), "train.steps=null", "train.epochs=1")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == round(people / 4)
@@ -261,7 +266,7 @@ def test_an_epoch_of_a_mixture_has_as_many_labelled_samples_as_there_are_people(
         ("[{weight: 1}]", "data.train.0.shards: missing"),
         ("[{shards: a, weight: 0}]", "data.train.0.weight: 0 should be greater than 0"),
         ("[{shards: a, weight: .inf}]", "data.train.0.weight: inf"),
-        ("[{shards: a, weight: 1}, {shards: b}]", "data.train: some have a weight and some have none"),
+        ("[{shards: a, weight: 1}, {shards: b}]", "data.train: some datasets have a weight and some have none"),
         ("[{shards: a}, {shards: ./a}]", "data.train: a is listed more than once; give it a larger weight"),
         ("[{shards: a}, {shards: b}]", "data.train.1.shards: b: no prepared dataset there"),
     ],
@@ -303,7 +308,7 @@ def test_a_dataset_of_a_mixture_with_nobody_in_it_is_named(
     (empty / "usable.npy").unlink()
     (empty / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     recipe = tiny_recipe(data={"train": [{"shards": str(tiny_shards)}, {"shards": str(empty)}]})
-    with pytest.raises(ConfigError, match=rf"data\.train\.1\.shards: {empty} has images, but nobody"):
+    with pytest.raises(ConfigError, match=rf"data\.train\.1\.shards: {empty} has images, but no people"):
         train(recipe)
 
 

@@ -10,7 +10,9 @@ import torch
 from formula import fill_with_formula
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpd_accel.models import MODELS, ModelError, create_model, model_names
+from fpd_accel.errors import ModelError
+from fpd_accel.models.create import create_model
+from fpd_accel.models.names import MODELS, find_architecture, model_names
 from fpd_accel.models.vitpose import Attention
 
 PUBLISHED = [
@@ -44,6 +46,7 @@ def test_parameter_names_and_shapes_equal_the_published_checkpoints(name: str, s
     assert {tuple(heatmaps.shape) for heatmaps in outputs} == {(1, record["num_keypoints"], 16, 16)}
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["hrnet_w32", "pose_resnet_50", "hourglass_4x128"])
 def test_outputs_equal_the_published_implementation(name: str, shared: Path) -> None:
     record = published(name, shared)
@@ -62,7 +65,9 @@ def test_outputs_equal_the_published_implementation(name: str, shared: Path) -> 
             np.testing.assert_allclose(heatmaps.numpy(), truth, rtol=0, atol=1e-5 * largest)
 
 
-@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.parity if name in LARGE_MODELS else ()) for name in EVERY_MODEL]
+)
 def test_every_model_gives_a_tuple_of_quarter_size_heatmaps_and_all_parameters_get_gradients(name: str) -> None:
     torch.manual_seed(0)
     # The large ones run on shapes alone, which still shows a parameter that no output depends on.
@@ -109,7 +114,7 @@ def test_the_smallest_models_compute_finite_heatmaps_at_other_input_sizes(name: 
 def test_vision_transformer_takes_only_the_size_that_its_positions_are_for() -> None:
     with torch.device("meta"):
         model = create_model("vitpose_b", 17, input_size=(256, 192))
-        with pytest.raises(ModelError, match=r"positions for 256 x 192 .* create it with input_size=\(192, 256\)"):
+        with pytest.raises(ModelError, match=r"for images of 256 x 192 .* not 192 x 256; create it with"):
             model(torch.empty(1, 3, 192, 256))
         with pytest.raises(ModelError, match="multiples of 16, not 250 x 192"):
             create_model("vitpose_b", 17, input_size=(250, 192))
@@ -178,14 +183,14 @@ def test_wider_tiny_models_cost_more_and_narrow_ones_stay_cheap() -> None:
 
 
 def test_unknown_name_is_answered_with_the_nearest_one_and_all_choices() -> None:
-    with pytest.raises(ModelError, match=r"'hrnet_w33' is not a model; did you mean 'hrnet_w32'\?") as caught:
+    with pytest.raises(ModelError, match=r"'hrnet_w33' is not an architecture; did you mean 'hrnet_w32'\?") as caught:
         create_model("hrnet_w33", 17)
     assert isinstance(caught.value, ValueError)
     assert all(name in str(caught.value) for name in [*MODELS, "hourglass_{stacks}x{features}"])
     assert "hourglass_{stacks}x{features}" in model_names()
     with pytest.raises(ModelError, match=r"did you mean 'pose_resnet_50'\?"):
         create_model("PoseResNet_50", 17)
-    with pytest.raises(ModelError, match=r"'zzz' is not a model; choose from"):
+    with pytest.raises(ModelError, match=r"'zzz' is not an architecture; choose from"):
         create_model("zzz", 17)
 
 
@@ -207,6 +212,9 @@ def test_input_size_off_the_multiple_is_refused_before_any_computation(name: str
     with torch.device("meta"):
         model = create_model(name, 3, input_size=(multiple, 2 * multiple))
         assert model.input_multiple == multiple
+        architecture = find_architecture(name)
+        assert architecture is not None
+        assert architecture.multiple == multiple  # what recipes are checked by
         assert model(torch.empty(2, 3, multiple, 2 * multiple))[-1].shape == (2, 3, multiple // 4, multiple // 2)
         for height, width in ((multiple + 8, multiple), (multiple, multiple - 4), (0, multiple)):
             message = rf"multiples of {multiple}, not {height} x {width} \(height x width\)"

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,22 @@ import yaml
 from scipy.io import savemat
 
 from fpd_accel import cli
-from fpd_accel.config import Augment, load_recipe
-from fpd_accel.data.mpii import SKIPPED, prepare_mpii
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.config.schema import Augment
+from fpd_accel.data.mpii import MPII_SKIPPED, prepare_mpii
 from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream
 from fpd_accel.errors import DataError
+from fpd_accel.evaluation.coco_results import (
+    Predictions,
+    ground_truth_predictions,
+    head_accuracy,
+    regions,
+    selection_metric,
+)
 from fpd_accel.metrics import mpii_scores
-from fpd_accel.run import run
-from fpd_accel.scoring import Predictions, ground_truth_predictions, head_accuracy, regions, selection_metric
 from fpd_accel.skeleton import MPII
+from fpd_accel.training.run import run
 
 WIDTH, HEIGHT = 90, 70
 SHORT_NAMES = ["rank", "rkne", "rhip", "lhip", "lkne", "lank", "pelv", "thor", "neck", "head"]
@@ -162,7 +170,7 @@ def test_shards_hold_the_people_of_the_json_with_pixels_counted_from_zero(source
     people = shards.people[:]
     assert shards.skeleton == MPII
     assert shards.description["counts"] == {"images": 2, "people": 3, "usable": 3, "head_sizes": 0}
-    assert shards.description["skipped"] == shards.description["unused"] == {}
+    assert shards.description["skipped"] == shards.description["exclude_reason"] == {}
     assert [row["file_name"] for row in shards.images] == ["b.jpg", "a.jpg"]  # as the file meets them
     assert shards.images[0]["bytes"] == (source.images / "b.jpg").read_bytes()
     assert people["id"].tolist() == [1, 3, 2]  # their places in the file
@@ -294,8 +302,8 @@ def test_what_cannot_be_used_is_skipped_and_counted(source: Source, spoiled: str
     shards = source.prepare()
     assert shards.description["counts"] == {**counts, "head_sizes": 0}
     assert shards.description["skipped"] == skipped
-    assert shards.description["skipped"].keys() <= SKIPPED.keys()
-    assert sum(shards.description["unused"].values()) == counts["people"] - counts["usable"]
+    assert shards.description["skipped"].keys() <= MPII_SKIPPED.keys()
+    assert sum(shards.description["exclude_reason"].values()) == counts["people"] - counts["usable"]
     assert len(PoseStream(shards, input_size=(32, 32), batch_size=1).batch(range(len(shards)))) == counts["usable"]
 
 
@@ -342,7 +350,7 @@ WRONG_TRUTH: dict[str, tuple[dict[str, Any], str]] = {
     "heads as words": ({"headboxes_src": np.array([["ab", "cd"]], dtype=object)}, "'headboxes_src' is object"),
     "two heads for three people": ({"headboxes_src": np.ones((2, 2, 2))}, "3, 3 and 2 people"),
     "a label that is nowhere": ({"pos_gt_src": np.full((16, 2, 3), np.nan)}, "not finite"),
-    "other people": ({"pos_gt_src": np.full((16, 2, 3), 900.0)}, "person 1 is another than in"),
+    "other people": ({"pos_gt_src": np.full((16, 2, 3), 900.0)}, "person 1 is not the one in"),
 }
 
 
@@ -360,7 +368,7 @@ def test_a_ground_truth_of_another_split_is_refused(source: Source) -> None:
     assert "3 people, but" in source.refusal(lambda: source.prepare(ground_truth=path))
     source.people.append(hrnet_person("b.jpg", 2))
     source.people.reverse()
-    assert "person 1 is another" in source.refusal(lambda: source.prepare(ground_truth=path))
+    assert "person 1 is not the one in" in source.refusal(lambda: source.prepare(ground_truth=path))
 
 
 def test_a_matlab_file_has_its_own_head_sizes(source: Source) -> None:
@@ -377,8 +385,8 @@ def test_a_matlab_file_has_its_own_head_sizes(source: Source) -> None:
     ("changes", "words"),
     [
         ({"img_train": None}, "has no struct RELEASE with annolist and img_train"),
-        ({"annolist": np.ones((1, 3))}, "do not belong together"),
-        ({"img_train": np.ones((1, 4))}, "do not belong together"),
+        ({"annolist": np.ones((1, 3))}, "img_train do not match"),
+        ({"img_train": np.ones((1, 4))}, "img_train do not match"),
         ({"annolist": struct_array({"image": struct_array({"name": "b.jpg"}), "annorect": 3.0})}, "no struct annorect"),
         ({"annolist": struct_array({"annorect": np.zeros((0, 0))})}, "annolist(1) has no image.name"),
     ],
@@ -390,9 +398,7 @@ def test_a_matlab_file_of_another_layout_is_refused(source: Source, changes: dic
 
 def test_the_ground_truth_given_as_annotations_is_refused_with_advice(source: Source) -> None:
     path = source.ground_truth()
-    assert "gt_valid.mat is given as ground truth" in source.refusal(
-        lambda: prepare_mpii(source.images, path, source.output)
-    )
+    assert "gt_valid.mat as ground truth" in source.refusal(lambda: prepare_mpii(source.images, path, source.output))
 
 
 class Bomb:
@@ -494,7 +500,7 @@ def test_training_crops_are_drawn_about_the_same_regions(sample: tuple[Shards, l
 def test_shards_of_the_first_format_are_read_as_they_were(tiny_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_shards, tmp_path / "first")
     description = json.loads((tmp_path / "first" / "dataset.json").read_bytes())
-    assert description.pop("format") == FORMAT == 2
+    assert description.pop("format") == FORMAT == 3
     assert description.pop("clip_boxes") is True
     (tmp_path / "first" / "dataset.json").write_text(json.dumps({**description, "format": 1}), encoding="utf-8")
     first = Shards(tmp_path / "first")
@@ -643,7 +649,7 @@ def test_one_command_prepares_mpii(source: Source, capsys: pytest.CaptureFixture
     assert prepare_by_command(source, "--format", "mpii") == 0
     said = capsys.readouterr().err
     assert "2 images, 3 annotations, 3 usable" in said
-    assert "skipped 1 people listed before" in said
+    assert "skipped 1 people with the same image" in said
 
 
 @pytest.mark.parametrize(
@@ -678,7 +684,7 @@ def test_a_student_is_trained_chosen_and_reported_by_pckh(
         "train": {"steps": 2, "global_batch": 3},
         "optim": {"schedule": "constant"},
         "evaluate": {"every_epochs": 1},
-        "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
+        "log": {"every_steps": 1, "pictures_every_steps": None, "trackers": []},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (score,) = run(load_recipe(tmp_path / "recipe.yaml"))
@@ -696,3 +702,12 @@ def test_a_student_is_trained_chosen_and_reported_by_pckh(
     described = json.loads((tmp_path / "runs" / "mpii" / "best" / "config.json").read_bytes())
     assert described["skeleton"]["name"] == "mpii"
     assert described["source"]["valid"]["PCKh@0.5"] == max(records)
+
+
+def test_matlab_files_without_scipy_are_refused_with_the_extra_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    (tmp_path / "release.mat").write_bytes(b"any")
+    with pytest.raises(DataError, match=r"release\.mat: MATLAB files need SciPy; .*fpd-accel\[mpii\]"):
+        prepare_mpii(images=tmp_path, annotations=tmp_path / "release.mat", output=tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves where it is, says so, and ends with a code that asks for a new start."""
+"""A run that gets a stop signal saves after the current step and ends with the exit code for a restart."""
 
 import json
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from jobs import DISTILL, start, start_ranks, wait_for_step
 
-from fpd_accel.checkpoint import checkpoints, newest_whole, read_state
 from fpd_accel.errors import EXIT_PREEMPTED
+from fpd_accel.training.checkpoint import checkpoints, newest_whole, read_state
 
-STEPS = 40_000  # never reached: however late a signal comes, it comes in time
+pytestmark = pytest.mark.faults
+STEPS = 40_000  # never reached, however late a signal comes
 
 
 @pytest.fixture
@@ -36,23 +37,23 @@ def curve(directory: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["train_loss"]) for record in records if record["kind"] == "train"]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_run_asked_to_stop_saves_and_goes_on(
-    asked: signal.Signals, long_recipe: Callable[..., Path], tmp_path: Path
+    number: signal.Signals, long_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe, folder = long_recipe("stopped"), tmp_path / "stopped"
     job = start(DISTILL, "--config", recipe)
     wait_for_step(folder, 3, job)
-    os.killpg(job.pid, asked)  # loader processes get it as well, as a scheduler's signal does
-    said = job.ends()
-    assert job.returncode == EXIT_PREEMPTED, said
+    os.killpg(job.pid, number)  # loader processes get it too, as from a scheduler
+    output = job.final_output()
+    assert job.returncode == EXIT_PREEMPTED, output
     step = read_state(newest_whole(folder / "checkpoints"))["step"]
     assert 3 <= step < STEPS
-    assert f"asked to stop ({asked.name}); saved at step {step}" in said
+    assert f"asked to stop ({number.name}); saved at step {step}" in output
     assert curve(folder)[-1][0] == step
     both = [start(DISTILL, "--config", one, f"train.steps={step + 3}") for one in (recipe, long_recipe("whole"))]
     for ended in both:
-        assert ended.wait() == 0, ended.said()
+        assert ended.wait() == 0, ended.output()
     assert curve(folder) == curve(tmp_path / "whole")
 
 
@@ -61,9 +62,9 @@ def test_signal_to_one_rank_stops_all_after_the_same_step(long_recipe: Callable[
     ranks = start_ranks(DISTILL, "--config", long_recipe("ranks"))
     wait_for_step(folder, 3, *ranks)
     ranks[1].send_signal(signal.SIGUSR1)
-    said = [rank.ends() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [EXIT_PREEMPTED, EXIT_PREEMPTED], said
-    assert "asked to stop (on another rank); saved at step" in said[0]
+    outputs = [rank.final_output() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_PREEMPTED, EXIT_PREEMPTED], outputs
+    assert "asked to stop (on another rank); saved at step" in outputs[0]
     state = read_state(newest_whole(folder / "checkpoints"))
     assert state["topology"]["ranks"] == 2
     assert curve(folder)[-1][0] == state["step"]
@@ -72,8 +73,8 @@ def test_signal_to_one_rank_stops_all_after_the_same_step(long_recipe: Callable[
 def test_checkpoint_by_the_clock(long_recipe: Callable[..., Path], tmp_path: Path) -> None:
     recipe = long_recipe("clock", checkpoint={"save_every_minutes": 1e-6, "keep": 100}, train={"steps": 8})
     job = start(DISTILL, "--config", recipe)
-    assert job.wait() == 0, job.said()
-    assert len(checkpoints(tmp_path / "clock" / "checkpoints")) > 1  # the last one comes without a clock
+    assert job.wait() == 0, job.output()
+    assert len(checkpoints(tmp_path / "clock" / "checkpoints")) > 1  # the last one does not depend on the clock
 
 
 def test_second_job_on_a_run_directory_refuses(long_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -81,17 +82,17 @@ def test_second_job_on_a_run_directory_refuses(long_recipe: Callable[..., Path],
     first = start(DISTILL, "--config", recipe)
     wait_for_step(tmp_path / "one", 1, first)
     second = start(DISTILL, "--config", recipe)
-    said = second.ends()
+    output = second.final_output()
     assert second.returncode == 2
-    assert f"another job is training here ({os.uname().nodename}, pid {first.pid})" in said
+    assert f"another job is training here ({os.uname().nodename}, pid {first.pid})" in output
     assert first.poll() is None
 
 
 def test_rank_that_hangs_ends_the_run_with_a_message(long_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    script = tmp_path / "hanging.py"  # short the patience, from the moment that there is something to be patient about
+    script = tmp_path / "hanging.py"  # the time limit is short, from the hanging step on
     script.write_text(
         "import os, runpy, signal\n"
-        "from fpd_accel.watchdog import Watchdog\n"
+        "from fpd_accel.distributed.watchdog import Watchdog\n"
         "alive = Watchdog.alive\n"
         "def hang(self, doing):\n"
         "    alive(self, doing)\n"
@@ -103,16 +104,16 @@ def test_rank_that_hangs_ends_the_run_with_a_message(long_recipe: Callable[..., 
         f"runpy.run_path({str(DISTILL)!r}, run_name='__main__')\n"
     )
     ranks = start_ranks(script, "--config", long_recipe("hung"))
-    said = ranks[0].ends()
-    assert ranks[0].returncode == 2, said
-    assert "error: rank 0 on" in said
-    assert "has made no progress for" in said
-    assert "it was at: step 4 of" in said
+    output = ranks[0].final_output()
+    assert ranks[0].returncode == 2, output
+    assert "error: rank 0 on" in output
+    assert "has made no progress for" in output
+    assert "it was at: step 4 of" in output
     assert [step for step, _ in curve(tmp_path / "hung")] == [1, 2, 3]
 
 
-def test_processes_of_srun_that_know_nothing_of_each_other_are_refused(long_recipe: Callable[..., Path]) -> None:
+def test_processes_of_srun_without_a_launchers_variables_are_refused(long_recipe: Callable[..., Path]) -> None:
     job = start(DISTILL, "--config", long_recipe("alone"), SLURM_STEP_NUM_TASKS="2")
-    said = job.ends()
+    output = job.final_output()
     assert job.returncode == 2
-    assert "sbatch launch/slurm.sbatch" in said
+    assert "sbatch launch/slurm.sbatch" in output

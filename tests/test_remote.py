@@ -22,16 +22,18 @@ import torch
 from jobs import killing_itself, launch, start, wait_for
 from safetensors.torch import load_file
 
-from fpd_accel.checkpoint import checkpoints, newest_whole, read_state
-from fpd_accel.config import Augment, is_url, load_recipe
-from fpd_accel.data import remote
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.config.schema import Augment
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.mixture import Mixture
-from fpd_accel.data.parquet import publish
-from fpd_accel.data.shards import Shards
+from fpd_accel.data.published import download as remote
+from fpd_accel.data.published.publish import publish
+from fpd_accel.data.published.stream import WINDOWS_KEPT, StreamedShards, open_training
+from fpd_accel.data.shards import FORMAT, Shards
 from fpd_accel.data.stream import PoseStream, make_loader
-from fpd_accel.data.window import WINDOWS_KEPT, StreamedShards, open_training
 from fpd_accel.errors import CheckpointError, ConfigError, DataError
+from fpd_accel.files import is_url, sha256
+from fpd_accel.training.checkpoint import checkpoints, newest_whole, read_state
 
 CPU = torch.device("cpu")
 SMALL = (32, 24)  # (height, width) of crops where their content does not matter
@@ -43,7 +45,7 @@ WINDOW = 2  # row groups of one image: few enough for images to come and go
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, and downloads that fail at once."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(remote, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "RETRY_DELAYS", (0.01, 0.01))
     return tmp_path / "cache" / "fpd_accel"
 
 
@@ -150,6 +152,27 @@ def test_published_shards_can_be_published_again(tiny_shards: Path, published: P
     assert_same_dataset(Shards(tmp_path / "again"), Shards(tiny_shards))
 
 
+def test_parquet_of_format_2_is_the_same_dataset_and_is_published_again_in_the_new_format(
+    tiny_shards: Path, published: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(published, tmp_path / "old"))
+    description = json.loads((folder / "dataset.json").read_bytes()) | {"format": 2}
+    description["unused"] = description.pop("exclude_reason")
+    (file,) = description["parquet"]["people"]
+    table = pq.read_table(folder / file["path"])
+    metadata = {key: value.replace(b"exclude_reason", b"unused") for key, value in table.schema.metadata.items()}
+    names = [name.replace("exclude_reason", "unused") for name in table.column_names]
+    pq.write_table(table.rename_columns(names).replace_schema_metadata(metadata), folder / file["path"])
+    file |= {"size": (folder / file["path"]).stat().st_size, "sha256": sha256(folder / file["path"])}
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
+    assert "unused" in pq.read_schema(folder / file["path"]).names
+    assert_same_dataset(Shards(folder), Shards(tiny_shards))
+    publish(Shards(folder), str(tmp_path / "again"))
+    assert_same_dataset(Shards(tmp_path / "again"), Shards(tiny_shards))
+    again = json.loads((tmp_path / "again" / "dataset.json").read_bytes())
+    assert (again["format"], again["exclude_reason"], "unused" in again) == (FORMAT, description["unused"], False)
+
+
 def test_people_of_mpii_and_images_alone_are_published_too(tmp_path: Path, tiny_shards: Path) -> None:
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "alone"))
     description = json.loads((folder / "dataset.json").read_bytes())
@@ -238,7 +261,7 @@ def test_a_url_is_downloaded_once_and_needs_no_network_after_that(
     server.stop()
     assert_same_dataset(Shards(url), Shards(tiny_shards))
     assert f"{url}/dataset.json: cannot be read" in (warning := capsys.readouterr().err)
-    assert "going on with the dataset as it was there the last time" in warning
+    assert "using its dataset.json of the last download" in warning
 
 
 def test_one_process_downloads_and_the_others_wait(server: Server, tiny_shards: Path) -> None:
@@ -308,7 +331,7 @@ FILE = "images/00001.parquet"
 SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no dataset": (lambda f: (f / "dataset.json").unlink(), r"train/dataset\.json: no such file; `fpd-accel publish`"),
     "a file that is missing": (lambda f: (f / FILE).unlink(), rf"train/{FILE}: no such file"),
-    "a file cut off": (lambda f: cut(f / FILE), rf"train/{FILE}: \d+ bytes, but dataset\.json says \d+: cut off"),
+    "a file cut off": (lambda f: cut(f / FILE), rf"train/{FILE}: \d+ bytes, but dataset\.json says \d+: truncated"),
     "a damaged description": (lambda f: describe(f, parquet=[]), r"train/dataset\.json: damaged"),
     "a path out of the folder": (
         lambda f: describe(f, parquet={"people": [], "images": [{"path": "images/../../x.parquet"}]}),
@@ -318,7 +341,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: (f / "dataset.json").write_text(
             json.dumps({k: v for k, v in json.loads((f / "dataset.json").read_bytes()).items() if k != "parquet"})
         ),
-        r"train: prepared for its own machine; write it there with `fpd-accel publish`",
+        r"train: prepared for local use; publish it with `fpd-accel publish`",
     ),
 }
 
@@ -489,9 +512,9 @@ def test_half_written_files_are_replaced_and_old_ones_removed(published: Path) -
     shards = StreamedShards(published, window=WINDOW)
     folder = shards.images.folder
     folder.mkdir(parents=True)
-    (folder / "000003.part").write_bytes(b"half")
-    (folder / "000099.part").write_bytes(b"of a process that was killed yesterday")
-    os.utime(folder / "000099.part", (0, 0))
+    (folder / ".000003.arrow.part").write_bytes(b"half")
+    (folder / ".000099.arrow.part").write_bytes(b"of a process that was killed yesterday")
+    os.utime(folder / ".000099.arrow.part", (0, 0))
     assert shards.images[[3]]["file_name"] == Shards(published).images[[3]]["file_name"]
     assert sorted(path.name for path in folder.iterdir()) == ["000003.arrow", "03.lock"]
     cut(folder / "000003.arrow")
@@ -504,7 +527,7 @@ def test_images_that_are_not_those_of_the_description_are_not_streamed(published
     description = json.loads((copy / "dataset.json").read_bytes())
     description["parquet"]["images"][0]["digests"][0] = "0" * 64
     (copy / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(DataError, match=r"row group 0 is not what dataset\.json describes \(SHA-256\)"):
+    with pytest.raises(DataError, match=r"row group 0 is not that of dataset\.json \(SHA-256\)"):
         _ = StreamedShards(copy, window=WINDOW).images[[0]]
 
 
@@ -521,8 +544,9 @@ def test_a_stream_that_breaks_off_is_tried_again_and_then_named(server: Server) 
 
 
 def test_evaluation_by_a_url_is_that_of_local_shards(server: Server, tiny_shards: Path, tmp_path: Path) -> None:
-    from fpd_accel.evaluation import evaluate, open_detections
-    from fpd_accel.models import create_model
+    from fpd_accel.data.detections import open_detections
+    from fpd_accel.evaluation.evaluate import evaluate
+    from fpd_accel.models.create import create_model
 
     torch.manual_seed(0)
     model = create_model("tiny_w8", 17)
@@ -559,7 +583,7 @@ def test_streams_are_mixed_as_other_datasets_are(server: Server, tiny_valid: Pat
 
 
 def train(recipe: Path, *overrides: str) -> None:
-    from fpd_accel.run import run
+    from fpd_accel.training.run import run
 
     run(load_recipe(recipe, overrides))
 
@@ -608,16 +632,18 @@ def streaming_recipe(server: Server, tiny_recipe: Callable[..., Path]) -> Callab
     return write
 
 
+@pytest.mark.faults
 def test_a_killed_run_on_a_stream_resumes_bit_for_bit(streaming_recipe: Callable[..., Path], tmp_path: Path) -> None:
     train(streaming_recipe("whole"))
     script = killing_itself(tmp_path, step=5)
     job = start(script, "--config", streaming_recipe("killed"), "checkpoint.background=false", **cache_of(tmp_path))
-    assert job.wait() == -signal.SIGKILL, job.said()
+    assert job.wait() == -signal.SIGKILL, job.output()
     assert read_state(newest_whole(tmp_path / "killed" / "checkpoints"))["step"] == 3
     train(tmp_path / "killed.yaml")
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.faults
 def test_two_ranks_on_a_stream_go_on_where_they_were_stopped(
     streaming_recipe: Callable[..., Path], published: Path, tmp_path: Path
 ) -> None:
@@ -626,8 +652,8 @@ def test_two_ranks_on_a_stream_go_on_where_they_were_stopped(
     recipes = {name: str(streaming_recipe(name, freeze_norm=True)) for name in ("whole", "halves")}
     half = 5  # steps: in the middle of an epoch, and not at a checkpoint
     notes = {name: str(tmp_path / f"people_{name}") for name in recipes}
-    tasks = [["train_noting_people", recipe, [], notes[name]] for name, recipe in recipes.items()]
-    stopped = ["train_noting_people", recipes["halves"], [], notes["halves"], half]
+    tasks = [["train_recording_people", recipe, [], notes[name]] for name, recipe in recipes.items()]
+    stopped = ["train_recording_people", recipes["halves"], [], notes["halves"], half]
     said = launch(2, [stopped, *tasks], **cache_of(tmp_path))
     resumed = re.search(rf"resuming {tmp_path / 'halves'} from step_(\d+): step \d+ of {STEPS}", said)
     assert resumed is not None
@@ -655,6 +681,7 @@ def cache_of(folder: Path) -> dict[str, str]:
     return {"HF_DATASETS_CACHE": str(folder / "cache")}
 
 
+@pytest.mark.faults
 def test_a_run_whose_stream_breaks_off_ends_with_one_line_and_keeps_its_checkpoint(
     server: Server, tiny_recipe: Callable[..., Path], tmp_path: Path, cache: Path
 ) -> None:

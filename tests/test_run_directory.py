@@ -1,4 +1,4 @@
-"""One job at a time in a run directory, whatever Slurm and chance make of it."""
+"""The lock of a run directory: one job at a time, also under Slurm."""
 
 import multiprocessing
 import shutil
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fpd_accel import run_directory
-from fpd_accel.checkpoint import checkpoints
-from fpd_accel.config import load_recipe
+from fpd_accel.config.loading import load_recipe
 from fpd_accel.errors import CheckpointError
-from fpd_accel.run import run
-from fpd_accel.run_directory import LOCK_NAME, RunLock
+from fpd_accel.training import run_lock
+from fpd_accel.training.checkpoint import checkpoints
+from fpd_accel.training.run import run
+from fpd_accel.training.run_lock import LOCK_NAME, RunLock
 
 PATIENCE = 100  # seconds to wait for another process
 Job = Callable[..., tuple[str, BaseProcess]]
@@ -23,9 +23,9 @@ Job = Callable[..., tuple[str, BaseProcess]]
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
-    """A function that takes the lock in a process of its own and keeps it; what came of it, and the process."""
+    """Return a function that takes the lock in another process; it returns "holds" or the error, and the process."""
     started: list[tuple[BaseProcess, Connection]] = []
-    monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.05)
+    monkeypatch.setattr(run_lock, "LOCK_PATIENCE", 0.05)
 
     def hold(pipe: Connection) -> None:
         lock = RunLock(tmp_path)
@@ -52,7 +52,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, *, slurm: str | None, restarts: str | None) -> None:
-    """What Slurm tells its jobs; the number of restarts only from the second start on."""
+    """Set the variables of a Slurm job; the number of restarts exists only from the second start on."""
     for name, value in (("SLURM_JOB_ID", slurm), ("SLURM_RESTART_COUNT", restarts)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -61,11 +61,11 @@ def enter(monkeypatch: pytest.MonkeyPatch, *, slurm: str | None, restarts: str |
 
 @pytest.mark.parametrize("restarts", [None, "2"])
 def test_second_step_of_one_slurm_job_is_refused(restarts: str | None, job: Job) -> None:
-    said, first = job(slurm="7", restarts=restarts)
-    assert said == "holds"
-    said, _ = job(slurm="7", restarts=restarts)
-    assert "another job is training here (" in said
-    assert f"pid {first.pid}, Slurm job 7, start {restarts or 0}); wait for it, end it" in said
+    answer, first = job(slurm="7", restarts=restarts)
+    assert answer == "holds"
+    answer, _ = job(slurm="7", restarts=restarts)
+    assert "another job is training here (" in answer
+    assert f"pid {first.pid}, Slurm job 7, start {restarts or 0}); wait for it, end it" in answer
 
 
 def test_slurm_job_of_another_number_is_refused(job: Job) -> None:

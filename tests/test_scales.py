@@ -1,4 +1,4 @@
-"""Testing at several scales: the heatmaps of larger and smaller regions meet in the cells of the middle one."""
+"""Multi-scale testing: heatmaps of larger and smaller regions are averaged in the cells of the region at scale 1."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fpd_accel.codecs import HeatmapCodec
-from fpd_accel.config import Evaluate
+from fpd_accel.config.schema import Evaluate
 from fpd_accel.data.shards import Shards
 from fpd_accel.data.stream import PoseStream
 from fpd_accel.decode import decode_heatmaps, fuse_scales
-from fpd_accel.evaluation import evaluate
+from fpd_accel.evaluation.evaluate import evaluate
 
 
 def bump(x: float, y: float, *, sigma: float = 2.0, size: tuple[int, int] = (24, 18)) -> Tensor:
-    """A heatmap (1, 1, height, width) with a Gaussian at (x, y) cells."""
+    """Return a heatmap (1, 1, height, width) with a Gaussian at (x, y) cells."""
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in size), indexing="ij")
     return torch.exp(-((columns - x).square() + (rows - y).square()) / (2 * sigma**2))[None, None]
 
@@ -22,11 +22,11 @@ def bump(x: float, y: float, *, sigma: float = 2.0, size: tuple[int, int] = (24,
 @pytest.mark.parametrize("scale", [0.8, 1.25, 1.5])
 def test_a_value_lies_at_the_same_point_of_the_image_whatever_the_region(scale: float) -> None:
     rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(18.0), indexing="ij")
-    ramp = columns + 2 * rows  # over the cells of the region at scale 1: interpolating it is exact
-    # The centre, at half the width and height, stays; a cell is ``scale`` times as large.
+    ramp = columns + 2 * rows  # in cells of the region at scale 1; interpolation of a ramp is exact
+    # The centre, at half the width and height, is fixed; a cell is `scale` times as large.
     seen_there = ((columns - 9) * scale + 9) + 2 * ((rows - 12) * scale + 12)
     seen = fuse_scales([seen_there[None, None]], [scale])[0, 0]
-    shown = slice(3, 20), slice(2, 15)  # by the smallest of these regions too
+    shown = slice(3, 20), slice(2, 15)  # also in the smallest of these regions
     torch.testing.assert_close(seen[shown], ramp[shown], atol=1e-4, rtol=0)
 
 
@@ -45,7 +45,7 @@ def test_the_mean_is_over_the_regions_that_show_a_cell() -> None:
 
 
 class Oracle(nn.Module):
-    """A network that knows the labels, asked about every batch at one scale after the other."""
+    """A network whose heatmaps are the targets of the next batch, which comes at one scale after the other."""
 
     def __init__(self, shards: Shards, codec: HeatmapCodec, scales: tuple[float, ...], *, batch: int) -> None:
         super().__init__()

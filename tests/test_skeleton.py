@@ -1,4 +1,4 @@
-"""Skeletons: COCO's own against its publications, and YAML files of others."""
+"""Skeletons: COCO and MPII against their publications, and skeletons from YAML files."""
 
 import json
 from pathlib import Path
@@ -50,19 +50,19 @@ def test_coco_has_the_published_keypoints_in_order() -> None:
 
 def test_coco_has_the_sigmas_of_the_official_evaluation() -> None:
     official = Params(iouType="keypoints").kpt_oks_sigmas.tolist()
-    assert COCO.sigmas == pytest.approx(official, rel=1e-12)  # theirs are tenths, divided by 10
+    assert COCO.sigmas == pytest.approx(official, rel=1e-12)  # theirs are multiples of 0.1, divided by 10
 
 
 def test_coco_has_the_keypoints_and_limbs_of_its_annotation_files(shared: Path) -> None:
     content = json.loads((shared / "data" / "coco_sample" / "person_keypoints.json").read_bytes())
     (person,) = (category for category in content["categories"] if "keypoints" in category)
     assert list(COCO.keypoints) == person["keypoints"]
-    published = {frozenset((a - 1, b - 1)) for a, b in person["skeleton"]}  # counted from 1 there
+    published = {frozenset((a - 1, b - 1)) for a, b in person["skeleton"]}  # one-based
     drawn = {frozenset(limb) for limb in COCO.limb_indices}
     assert len(drawn) == len(COCO.limbs)
     assert drawn <= published
     necks = {frozenset((COCO.index(f"{side}_ear"), COCO.index(f"{side}_shoulder"))) for side in ("left", "right")}
-    assert published - drawn == necks  # lines over the face that hide it in pictures
+    assert published - drawn == necks  # these lines would hide the face in pictures
 
 
 def test_mpii_has_the_published_joints_pairs_and_halves() -> None:
@@ -74,7 +74,7 @@ def test_mpii_has_the_published_joints_pairs_and_halves() -> None:
     partners = {**pairs, **{b: a for a, b in pairs.items()}}
     assert MPII.flip_index == tuple(partners.get(joint, joint) for joint in range(16))
     assert set(MPII.upper_body_indices) == set(range(7, 16))
-    parents = [1, 2, 6, 6, 3, 4, 6, 6, 7, 8, 11, 12, 7, 7, 13, 14]  # of the published code; the pelvis is its own
+    parents = [1, 2, 6, 6, 3, 4, 6, 6, 7, 8, 11, 12, 7, 7, 13, 14]  # published; the pelvis is its own parent
     limbs = {frozenset(pair) for pair in enumerate(parents) if pair[0] != pair[1]}
     assert {frozenset(limb) for limb in MPII.limb_indices} == limbs
     assert len(MPII.limbs) == 15
@@ -168,7 +168,7 @@ def test_a_skeleton_that_does_not_exist_is_refused_with_advice(tmp_path: Path) -
     refusal("COCO")
 
 
-# --- sigmas that nobody gives -----------------------------------------------------------------------------------
+# --- missing sigmas ---------------------------------------------------------------------------------------------
 
 
 def test_missing_sigmas_are_those_published_for_the_name_or_neutral_and_the_skeleton_says_so(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loader processes outlive a signal to the whole job, but not the trainer."""
+"""Loader processes ignore stop signals to the whole job, and end with the trainer."""
 
 import os
 import signal
@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# A trainer and a loader process that is blocked in a read; the pipe `life` is open as long as one of them lives.
+# A trainer, and a loader process that is blocked in a read. The pipe `life` is open as long as either runs.
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
-from fpd_accel.stop import end_process, outlive_stop
+from fpd_accel.distributed.preemption import ignore_stop_signals, terminate
 
 def serve(pipe):
-    outlive_stop()
+    ignore_stop_signals()
     pipe.send(os.getpid())
     while pipe.recv():
         while signal.SIGTERM in signal.sigpending():  # two at once would count as one
@@ -29,13 +29,13 @@ for line in sys.stdin:
         here.send(True)
         print(here.recv(), flush=True)
     else:
-        end_process(worker)
+        terminate(worker)
         print("ended", worker.exitcode, flush=True)
 """
 
 
 def start() -> tuple[subprocess.Popen[str], int, int]:
-    """The trainer, the process id of its loader process, and the end of `life` to read."""
+    """Return the trainer, the process id of its loader process, and the read end of `life`."""
     read, life = os.pipe()
     trainer = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -57,8 +57,8 @@ def ask(trainer: subprocess.Popen[str], what: str) -> str:
 def test_loader_process_is_ended_by_its_trainer_alone() -> None:
     trainer, worker, read = start()
     try:
-        for asked in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(worker, asked)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker, number)
             assert ask(trainer, "ask") == "0"
         assert ask(trainer, "end") == "ended 143"
     finally:
@@ -73,5 +73,5 @@ def test_loader_process_ends_with_its_trainer_although_it_is_blocked() -> None:
     assert ask(trainer, "ask") == "0"
     trainer.kill()
     trainer.communicate()
-    assert os.read(read, 1) == b""  # waits until nobody has the other end
+    assert os.read(read, 1) == b""  # returns when no process has the write end
     os.close(read)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from fpd_accel.data.figure import articulate, random_body, random_pose
-from fpd_accel.data.synthetic import SyntheticPerson, draw_dataset, draw_image
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import COCO as SKELETON
+from fpd_accel.synthetic.body import articulate, random_body, random_pose
+from fpd_accel.synthetic.dataset import SyntheticPerson, draw_dataset, draw_image
 
 IMAGES = 24
 

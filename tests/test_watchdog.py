@@ -1,4 +1,4 @@
-"""No part of a run may wait for ever."""
+"""The watchdog watches every part of a run."""
 
 import threading
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-import fpd_accel.run
-from fpd_accel.config import load_recipe
-from fpd_accel.model_folder import ModelConfig, save_model
-from fpd_accel.models import create_model
+import fpd_accel.training.run
+from fpd_accel.config.loading import load_recipe
+from fpd_accel.distributed.watchdog import Watchdog
+from fpd_accel.models.create import create_model
 from fpd_accel.skeleton import COCO
-from fpd_accel.student import Student
-from fpd_accel.watchdog import Watchdog
+from fpd_accel.training.student import Student
+from fpd_accel.weights.model_folder import ModelConfig, save_model
 
 PATIENCE = 100  # seconds to wait for a thread to end
 
@@ -34,7 +34,7 @@ def test_watchdog_watches_until_the_outermost_block_ends() -> None:
         assert not thread.is_alive()
 
 
-def test_run_is_watched_while_networks_are_prepared_restored_and_judged(
+def test_a_run_is_watched_while_networks_are_prepared_restored_and_evaluated(
     tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     watched: dict[str, int] = {}
@@ -49,13 +49,13 @@ def test_run_is_watched_while_networks_are_prepared_restored_and_judged(
 
         monkeypatch.setattr(place, name, watching)
 
-    for place, name in ((Student, "__init__"), (Student, "restore"), (fpd_accel.run, "evaluate")):
+    for place, name in ((Student, "__init__"), (Student, "restore"), (fpd_accel.training.run, "evaluate")):
         watch(place, name)
     teacher = ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64))
     save_model(tmp_path / "teacher", create_model("tiny_w8", 17).state_dict(), teacher)
     recipe = tiny_recipe(teacher={"weights": str(tmp_path / "teacher")}, distill={"mode": "fpd"})
     for steps in (1, 2):
-        fpd_accel.run.run(load_recipe(recipe, [f"train.steps={steps}"]))
+        fpd_accel.training.run.run(load_recipe(recipe, [f"train.steps={steps}"]))
     assert watched == {"__init__": 1, "restore": 1, "evaluate": 1}
     for thread in watchers():
         thread.join(PATIENCE)

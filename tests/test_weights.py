@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fpd_accel.legacy import read_checkpoint
-from fpd_accel.models import WeightsError, create_model
-from fpd_accel.weights import load_weights
+from fpd_accel.errors import WeightsError
+from fpd_accel.models.create import create_model
+from fpd_accel.weights.load import load_weights
+from fpd_accel.weights.pickle_reader import read_checkpoint
 
 
 def random_weights(name: str, *, num_keypoints: int = 3, seed: int = 1) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""``fpd-accel bench <what>``: what the trainer costs on this machine, as a table and as JSON."""
+"""Benchmarks of the loader, the training step and the evaluation on this machine."""

@@ -1,10 +1,9 @@
-"""Shards of any number of people, from a few small pictures: to measure, not to learn.
+"""Generated shards of any number of people, made from a few small pictures: to measure with, not to learn from.
 
-Laid out as ``fpd-accel prepare`` does it, but written table by table: a million people in seconds, not a minute.
+The layout is that of `fpd-accel prepare`, but written table by table: a million people take seconds, not a minute.
 """
 
 import math
-import os
 import shutil
 from array import array
 from collections.abc import Callable
@@ -18,40 +17,42 @@ import pyarrow as pa
 from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
-from fpd_accel.data.remote import quiet_datasets
-from fpd_accel.data.shards import IMAGE_FEATURES, Shards, ShardWriter, people_features
+from fpd_accel.console import say, track
+from fpd_accel.data.published.download import quiet_datasets
+from fpd_accel.data.shard_writer import ShardWriter
+from fpd_accel.data.shards import IMAGE_FEATURES, Shards, people_features
 from fpd_accel.errors import DataError
-from fpd_accel.log import say, track
+from fpd_accel.files import flush
 from fpd_accel.skeleton import COCO
 
-PICTURES = 64  # different ones; each image has its own row and its own bytes in it all the same
+PICTURES = 64  # distinct ones; each image still has its own row and its own copy of the bytes
 PEOPLE_PER_IMAGE = 2.5  # as in COCO's training images
 ROWS = 10_000  # written at a time
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the images of a crowd are."""
+    """The images of a generated dataset."""
 
     name: str
     height: int  # pixels
     width: int
-    grain: float  # grey levels, standard deviation of each pixel's noise: what makes a photograph large as a JPEG
-    bytes_per_person: int  # on the disk at most
+    grain: float  # grey levels, standard deviation of each pixel's noise, which gives a JPEG a photograph's size
+    bytes_per_person: int  # upper limit on the disk, twice the final size, since shards are written twice
 
 
-# For what hangs on the number of people. While shards are written they take twice what they do in the end.
+# For measurements that depend on the number of people.
 SMALL = Pictures("people", 120, 160, grain=0, bytes_per_person=5000)
-# As COCO's: 160 kB each. Loaders are compared on them, for which the pixels lie beside the shards.
+# As large as COCO's, 160 kB each. Loaders are compared on them; their decoded pixels need room beside the shards.
 PHOTOGRAPHS = Pictures("photographs", 480, 640, grain=9, bytes_per_person=440_000)
-PHOTOGRAPHED = 640  # people in enough of them to measure with
+PHOTOGRAPHED = 640  # people in these photographs
 
 
 def draw_crowd(folder: Path, people: int, *, pictures: Pictures = SMALL) -> Shards:
-    """Shards of ``people`` usable people in ``folder``, as they were left there or written now.
+    """Return shards of `people` usable people in `folder`, written now unless an earlier call left them there.
 
     Raises:
-        DataError: the folder cannot be made, or there is no room in it.
+        DataError: The folder cannot be made, or the disk is too full.
     """
     output = folder / f"{pictures.name}_{people}"
     if (output / "dataset.json").is_file():
@@ -80,7 +81,7 @@ def draw_crowd(folder: Path, people: int, *, pictures: Pictures = SMALL) -> Shar
 
 
 def _write(folder: Path, table: Callable[[np.ndarray], pa.Table], rows: int, features: Features) -> None:
-    """Tables of rows, and of them what the library would save of rows that came one by one."""
+    """Save the tables of all rows as `datasets` would have saved rows that came one by one."""
     cache = folder.with_name("cache.arrow")
     with ArrowWriter(path=str(cache), features=features) as writer:
         for first in track(range(0, rows, ROWS), f"{rows} {folder.name}"):
@@ -90,22 +91,20 @@ def _write(folder: Path, table: Callable[[np.ndarray], pa.Table], rows: int, fea
     with quiet_datasets():
         Dataset.from_file(str(cache)).save_to_disk(str(folder))
     cache.unlink()
-    for file in folder.glob("*.arrow"):  # until then its pages would be counted as memory of whoever reads them
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+    for file in folder.glob("*.arrow"):  # unflushed pages would count as memory of the process that reads them
+        flush(file)
 
 
 def _images(pictures: Pictures, rows: np.ndarray) -> pa.Table:
     encoded = _encoded(pictures, PICTURES)
-    return pa.table(
-        {
-            "id": rows,
-            "file_name": [f"{row:012d}.jpg" for row in rows],
-            "width": np.full(len(rows), pictures.width),
-            "height": np.full(len(rows), pictures.height),
-            "bytes": [encoded[row % len(encoded)] for row in rows],
-        }
-    )
+    columns = {
+        "id": rows,
+        "file_name": [f"{row:012d}.jpg" for row in rows],
+        "width": np.full(len(rows), pictures.width),
+        "height": np.full(len(rows), pictures.height),
+        "bytes": [encoded[row % len(encoded)] for row in rows],
+    }
+    return pa.table(columns)
 
 
 @cache
@@ -114,14 +113,14 @@ def _encoded(pictures: Pictures, number: int) -> list[bytes]:
     noise = generator.integers(0, 256, (number, 6, 8, 3), dtype=np.uint8)
     size = pictures.width, pictures.height
     drawn = [cv2.resize(small, size, interpolation=cv2.INTER_CUBIC) for small in noise]
-    if pictures.grain:  # of brightness alone, as most of a sensor's that is left by its software
+    if pictures.grain:  # of brightness alone, like most of the sensor noise in photographs
         shape = (pictures.height, pictures.width, 1)
         drawn = [np.clip(one + generator.normal(0, pictures.grain, shape), 0, 255).astype(np.uint8) for one in drawn]
     return [cv2.imencode(".jpg", picture)[1].tobytes() for picture in drawn]
 
 
 def _people(pictures: Pictures, rows: np.ndarray) -> pa.Table:
-    """Everybody's keypoints are visible and in the box, which is in the picture."""
+    """Return people whose keypoints are all visible and inside their box, and whose box is inside the image."""
     generator = np.random.default_rng(rows[0])
     number, joints = len(rows), COCO.num_keypoints
     width, height = pictures.width * 5 // 16, pictures.height * 2 // 3
@@ -130,16 +129,15 @@ def _people(pictures: Pictures, rows: np.ndarray) -> pa.Table:
     boxes = np.concatenate([corners, np.full((number, 2), (width, height))], axis=1)
     keypoints = np.concatenate([points, np.full((number, joints, 1), 2)], axis=2)
     images = np.floor(rows / PEOPLE_PER_IMAGE).astype(np.int64)
-    return pa.table(
-        {
-            "id": rows,
-            "image_id": images,
-            "image_row": images,
-            "box": pa.FixedSizeListArray.from_arrays(boxes.astype(np.float32).ravel(), 4),
-            "keypoints": pa.FixedSizeListArray.from_arrays(keypoints.astype(np.float32).ravel(), 3 * joints),
-            "area": np.full(number, width * height / 2),
-            "crowd": np.zeros(number, dtype=bool),
-            "score": np.ones(number),
-            "unused": [""] * number,
-        }
-    )
+    columns = {
+        "id": rows,
+        "image_id": images,
+        "image_row": images,
+        "box": pa.FixedSizeListArray.from_arrays(boxes.astype(np.float32).ravel(), 4),
+        "keypoints": pa.FixedSizeListArray.from_arrays(keypoints.astype(np.float32).ravel(), 3 * joints),
+        "area": np.full(number, width * height / 2),
+        "crowd": np.zeros(number, dtype=bool),
+        "score": np.ones(number),
+        "exclude_reason": [""] * number,
+    }
+    return pa.table(columns)

@@ -1,4 +1,4 @@
-"""Where a measurement was made: numbers without it cannot be compared."""
+"""The machine and software of a measurement, without which its numbers cannot be compared."""
 
 import platform
 import subprocess
@@ -8,14 +8,14 @@ from typing import Any
 
 import psutil
 
-from fpd_accel.log import available_cores
-from fpd_accel.run_directory import PACKAGES
+from fpd_accel.distributed.accelerator import available_cores
+from fpd_accel.training.resume import PACKAGES
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, cores of this process and, in a checkout, the commit with a + if files differ from it.
+    """Return versions, processor, cores of this process and, in a checkout, the commit (with + if files differ).
 
-    To be asked before measuring, which is a load itself.
+    Call it before measuring, which is a load itself.
     """
     return {
         "commit": _commit(),
@@ -25,12 +25,12 @@ def environment() -> dict[str, Any]:
         "cpu": _processor(),
         "cores": available_cores(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "load": round(psutil.getloadavg()[0], 2),  # of the last minute, by whomever: other work makes rates lower
+        "load": round(psutil.getloadavg()[0], 2),  # of the last minute, by all processes: other work lowers rates
     }
 
 
 def describe(found: dict[str, Any]) -> str:
-    """An environment in one line."""
+    """Return an environment as one line."""
     versions = found["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "datasets", "numpy"))
     libraries += f", OpenCV {versions['opencv-python-headless']}, simplejpeg {versions['simplejpeg']}"
@@ -52,14 +52,10 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # installed: what repository lies around it is not ours
+    if not (root / ".git").exists():  # installed: a repository around it is another project's
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        commit, changed = (
-            subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for command in commands
-        )
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if changed else "")

@@ -1,12 +1,13 @@
-"""Our loader against the published one, in one process and taking turns: rates, start-up, bytes, and pixels.
+"""Our loader against the published one, in one process and in turns: rates, time to the first batch, and bytes sent.
 
-Both give the same people in the same random geometry, through PyTorch's loader with the same number of worker
-processes, of which each has one thread; that they do is shown first. Only with ``data.group_by_image`` a batch has
-other people. What ours leaves to the device (normalisation, targets) is in the time of one variant alone, in which the
-process that reads makes it, as training on a CPU does; on a GPU it is microseconds, and ``bench step`` has it in its.
+Both return the same people with the same random geometry through PyTorch's `DataLoader`, with the same number of
+workers, each with one thread; crops are compared before anything is timed. Only with `data.group_by_image` do batches
+hold other people. Ours leaves normalisation and targets to the device. One variant includes them, computed by the
+process that reads the batches, as training on a CPU does; on a GPU they take microseconds and are part of `bench step`.
 """
 
 import copy
+import math
 import statistics
 import sys
 import time
@@ -21,16 +22,18 @@ import torch
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from fpd_accel.bench.batches import payload
-from fpd_accel.bench.loader_gate import Preparation, check_agreement, compare_pixels, compare_prepared
-from fpd_accel.bench.reference_loader import ReferenceDataset
-from fpd_accel.config import Augment
-from fpd_accel.data import PoseStream, Shards, make_loader
-from fpd_accel.data.decoded import CHANNELS, open_decoded
-from fpd_accel.data.stream import READ_AHEAD, close_loader
+from fpd_accel.bench.probe import INPUT_SIZE, payload
+from fpd_accel.bench.published.loader import PublishedDataset
+from fpd_accel.codecs import HeatmapCodec
+from fpd_accel.config.schema import Augment
+from fpd_accel.console import stdout
+from fpd_accel.data.batch import Batch, Normalization
+from fpd_accel.data.pixel_cache import CHANNELS, open_decoded
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import READ_AHEAD, PoseStream, close_loader, make_loader
 from fpd_accel.errors import BenchError
 from fpd_accel.files import amount
-from fpd_accel.log import results
+from fpd_accel.outputs import STRIDE
 
 WORKERS = (0, 1, 2)
 ROUNDS = 5
@@ -41,107 +44,122 @@ NAMES = {
     "grouped": "ours, data.group_by_image",
     "decoded": "ours, data.decoded_cache",
 }
-CACHE_AT_MOST = 4 * 10**9  # bytes of the decoded cache
+CACHE_AT_MOST = 4 * 10**9  # bytes of decoded images
 
 
 def compare_loaders(
-    shards: Shards, folder: Path, *, input_size: tuple[int, int], batch: int, batches: int
+    path: str | Path, folder: str | Path, *, batch: int, batches: int, input_size: tuple[int, int] = INPUT_SIZE
 ) -> dict[str, Any]:
-    """Everything measured over ``ROUNDS`` rounds, in which both give some of ``batches`` batches of ``batch`` people.
+    """Measure both loaders over `ROUNDS` rounds, which share `batches` batches of `batch` samples of some shards.
 
-    The images of those people are decoded into ``folder`` for the variant that reads them there.
+    The images of these samples are decoded into `folder` for the variant with `data.decoded_cache`.
 
     Raises:
-        BenchError: the loaders do not give the same, or the images of the fewest batches are too many to be decoded.
-        DataError: the dataset cannot be read, or the folder not be written.
+        BenchError: The loaders do not agree, or the images of the fewest batches exceed `CACHE_AT_MOST`.
+        DataError: The dataset cannot be read, or the folder cannot be written.
     """
     use_one_thread()
+    shards = Shards(path)
     shards.open()
     create = partial(PoseStream, input_size=input_size, batch_size=batch, augment=Augment(), stop=sys.maxsize)
-    stream, kept, prepare = create(shards), copy.copy(shards), Preparation(input_size)
+    stream, kept = create(shards), copy.copy(shards)
     per_round = batches_per_round(stream, max(1, batches // ROUNDS))
     samples = batch * (per_round + _beside())
-    reference = ReferenceDataset(stream, samples)
-    error = compare_pixels(stream, reference) | compare_prepared(prepare, reference)
-    check_agreement(str(shards.path), error)
-
-    people = [stream.place(sample).row for sample in range(samples)]
-    rows = np.unique(shards.columns(["image_row"], people)["image_row"])
-    kept.decoded = decoded = open_decoded(kept, folder, rows=rows)
-    streams = {
-        "ours": stream,
-        "prepared": stream,
-        "grouped": create(shards, group_by_image=True),
-        "decoded": create(kept),
-    }
+    published = PublishedDataset(stream, samples)
+    error = compare_crops(stream, published)
+    kept.decoded = decoded = open_decoded(kept, folder, rows=np.unique(_image_rows(stream, samples)))
+    streams = {"ours": stream, "prepared": stream, "grouped": create(shards, group_by_image=True)}
+    streams["decoded"] = create(kept)
 
     def loader(name: str, workers: int) -> DataLoader[Any]:
-        if name == "reference":
-            return _published(reference, batch, workers)
-        return make_loader(streams[name], workers, torch.device("cpu"))
+        if name != "reference":
+            return make_loader(streams[name], workers, torch.device("cpu"))
+        ahead = READ_AHEAD if workers else None
+        return DataLoader(published, batch, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_start_worker)
 
-    def measure(workers: int) -> dict[str, Any]:
-        return _take_turns(partial(loader, workers=workers), prepare, workers, batch=batch, batches=per_round)
-
+    codec = HeatmapCodec(input_size, (input_size[0] // STRIDE, input_size[1] // STRIDE))
+    time_rounds = partial(_time_rounds, codec=codec, batch=batch, batches=per_round)
+    sent = {"ours": payload(stream.batch(range(batch))), "reference": payload(next(iter(loader("reference", 0))))}
     return {
         "rounds": ROUNDS,
         "batches_per_round": per_round,
-        "bytes_per_sample": {
-            "ours": payload(stream.batch(range(batch))) / batch,
-            "reference": payload(next(iter(_published(reference, batch, 0)))) / batch,
-        },
+        "bytes_per_sample": {name: size / batch for name, size in sent.items()},
         "error": error,
-        "workers": {str(workers): measure(workers) for workers in WORKERS},
+        "workers": {str(n): time_rounds(partial(loader, workers=n), workers=n) for n in WORKERS},
         "decoded_bytes": decoded.bytes,
     }
 
 
 def use_one_thread() -> None:
-    """Of this process: a rate per process means little where one takes the cores of others."""
+    """Give this process one thread, so that its rate does not depend on cores that other processes leave idle."""
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
 
 
+def compare_crops(stream: PoseStream, published: PublishedDataset, *, people: int = 128) -> dict[str, float]:
+    """Return how far crops (grey levels of 256) and keypoints (crop pixels) differ; raise BenchError if too far."""
+    people = min(people, len(published))
+    batch = stream.batch(range(people))
+    pixels, keypoints = [], [0.0]
+    for number in range(people):
+        crop, joints, visible, _ = published.crop(published.records[number])
+        pixels.append(np.abs(crop.astype(np.int16) - batch.crops[number].numpy()))
+        ours, seen = batch.keypoints[number].numpy(), visible[:, 0] > 0
+        if not np.array_equal(seen, batch.visible[number].numpy() > 0):
+            keypoints.append(math.inf)
+        keypoints += np.abs(joints[seen, :2] - ours[seen]).max(axis=1, initial=0).tolist()
+    mean, most, keypoint = float(np.mean(pixels)), float(np.max(pixels)), max(keypoints)
+    if not (mean <= 0.1 and most <= 2 and keypoint <= 0.01):
+        raise BenchError(
+            f"{published.shards.path}: our loader and the published one differ, so nothing was timed: crops by "
+            f"{most:.3g} grey levels at most and {mean:.3g} in the mean, keypoints by {keypoint:.3g} crop pixels "
+            "(allowed are 2, 0.1 and 0.01)"
+        )
+    return {"people": people, "pixel_mean": mean, "pixel_max": most, "keypoint_max": keypoint}
+
+
 def _beside() -> int:
-    """Batches that are read before and after those of a round, at most."""
+    """Return the most batches that are read before and after those of a round."""
     return 1 + 2 * READ_AHEAD * max(WORKERS)
 
 
 def batches_per_round(stream: PoseStream, wanted: int) -> int:
-    """So many batches, or fewer, that the images of all that are read take no more than ``CACHE_AT_MOST`` as pixels.
-
-    Raises:
-        BenchError: there is no room for those of a single batch and what is read beside it.
-    """
+    """Return the number of batches per round, at most `wanted`, whose decoded images fit in `CACHE_AT_MOST`."""
     shards, batch, beside = stream.sources[0].shards, stream.batch_size, _beside()
-    people = [stream.place(sample).row for sample in range(batch * (wanted + beside))]
-    rows, first = np.unique(shards.columns(["image_row"], people)["image_row"], return_index=True)
+    samples = batch * (wanted + beside)
+    rows, first = np.unique(_image_rows(stream, samples), return_index=True)
     heights, widths = shards.image_sizes(rows)
-    needed = np.zeros(len(people), dtype=np.int64)
+    needed = np.zeros(samples, dtype=np.int64)
     needed[first] = heights.astype(np.int64) * widths * CHANNELS
     fitting = int(np.searchsorted(np.cumsum(needed), CACHE_AT_MOST, side="right")) // batch - beside
     if fitting < 1:
         raise BenchError(
-            f"{shards.path}: of {beside + 1} batches of {batch} people the images take more than "
-            f"{amount(CACHE_AT_MOST)} as pixels; lower --batch"
+            f"{shards.path}: the decoded images of {beside + 1} batches of {batch} samples take more than "
+            f"{amount(CACHE_AT_MOST)}; lower --batch"
         )
     return min(fitting, wanted)
 
 
-def _take_turns(
-    create: Callable[[str], DataLoader[Any]], prepare: Preparation, workers: int, *, batch: int, batches: int
+def _image_rows(stream: PoseStream, samples: int) -> np.ndarray:
+    """Return the image of each of the first samples."""
+    people = [stream.place(sample).row for sample in range(samples)]
+    return stream.sources[0].shards.columns(["image_row"], people)["image_row"]
+
+
+def _time_rounds(
+    create: Callable[[str], DataLoader[Any]], *, codec: HeatmapCodec, workers: int, batch: int, batches: int
 ) -> dict[str, Any]:
-    """Samples per second and seconds to the first batch, of each round; who begins alternates."""
+    """Measure samples per second and seconds to the first batch of each round; the order alternates."""
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
     first: dict[str, list[float]] = {name: [] for name in NAMES}
     for number in range(ROUNDS):
         for name in list(NAMES)[:: 1 if number % 2 == 0 else -1]:
-            finish = prepare if name == "prepared" else None
+            finish = partial(prepare, codec=codec) if name == "prepared" else None
             began = time.perf_counter()
             loading = iter(create(name))
             _read(loading, 1, finish)
             first[name].append(time.perf_counter() - began)
-            _read(loading, READ_AHEAD * workers, finish)  # what was read ahead is no measure of how fast it goes
+            _read(loading, READ_AHEAD * workers, finish)  # batches read ahead would make the rate too high
             began = time.perf_counter()
             _read(loading, batches, finish)
             rates[name].append(batches * batch / (time.perf_counter() - began))
@@ -151,36 +169,28 @@ def _take_turns(
         for name in NAMES
         if name != "reference"
     }
-    return {
-        "samples_per_second": {name: _spread(rates[name]) for name in NAMES},
-        "first_batch_seconds": {name: _spread(first[name]) for name in NAMES},
-        "ratio": {name: _spread(ratios[name]) for name in ratios},
-    }
+    measured = {"samples_per_second": rates, "first_batch_seconds": first, "ratio": ratios}
+    return {key: {name: _range(values) for name, values in own.items()} for key, own in measured.items()}
 
 
-def _read(loading: Iterator[Any], batches: int, finish: Preparation | None) -> None:
+def prepare(batch: Batch, codec: HeatmapCodec) -> object:
+    """Normalise images and draw targets, which ours leaves to the device."""
+    return Normalization()(batch.crops), codec.encode(batch.keypoints, batch.visible)
+
+
+def _read(loading: Iterator[Any], batches: int, finish: Callable[[Any], object] | None) -> None:
     for _ in range(batches):
         batch = next(loading)
         if finish is not None:
-            finish(batch.crops, batch.keypoints, batch.visible)
+            finish(batch)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def _range(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def _published(reference: ReferenceDataset, batch: int, workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        reference,
-        batch_size=batch,
-        num_workers=workers,
-        prefetch_factor=READ_AHEAD if workers else None,
-        worker_init_fn=_start_worker,
-    )
-
-
 def _start_worker(_: int) -> None:
-    """OpenCV's threads do not survive the fork, and would be waited for."""
+    """Switch off OpenCV's threads, which do not survive the fork: a worker would wait for them."""
     cv2.setNumThreads(0)
 
 
@@ -193,22 +203,27 @@ def show_loaders(path: str, people: int, found: dict[str, Any]) -> None:
     for workers, measured in found["workers"].items():
         rates, first, ratios = (measured[key] for key in ("samples_per_second", "first_batch_seconds", "ratio"))
         table.add_section()
-        table.add_row(f"{workers if int(workers) else 'no'} worker{'s' * (int(workers) != 1)}")
+        table.add_row(count_workers(int(workers)))
         for key, name in NAMES.items():
             ratio = _shown(ratios[key], 2) if key in ratios else "1"
             amounts = f"{sent[key if key in sent else 'ours']:,.0f}"
             table.add_row(f"  {name}", _shown(rates[key], 0), ratio, _shown(first[key], 3), amounts)
-    results.print(table)
+    stdout.print(table)
     error = found["error"]
-    results.print(
+    stdout.print(
         f"medians of {found['rounds']} rounds of {found['batches_per_round']} batches (least to most); normalising and "
-        "targets are made by the published loader's workers, by ours with them in the process that reads, as training "
-        "on a CPU does, and left to the device by the others; data.group_by_image gives other people per batch; "
-        f"the decoded cache, {amount(found['decoded_bytes'])}, has just been written and was read from memory; "
+        "targets are computed by the published loader's workers, by ours with them in the reading process, as in "
+        "training on a CPU, and left to the device by the others; data.group_by_image has other people per batch; "
+        f"the decoded cache, {amount(found['decoded_bytes'])}, had just been written and was read from memory; "
         f"crops of {error['people']} people differ by {error['pixel_mean']:.4f} grey levels in the mean, "
         f"{error['pixel_max']:.0f} at most, their keypoints by {error['keypoint_max']:.1e} pixels at most",
         soft_wrap=True,
     )
+
+
+def count_workers(number: int) -> str:
+    """Return a number of workers in words."""
+    return f"{number or 'no'} worker{'s' * (number != 1)}"
 
 
 def _shown(spread: dict[str, float], digits: int) -> str:

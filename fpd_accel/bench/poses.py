@@ -1,4 +1,4 @@
-"""Generated people with boxes that a detector found twice, and what a network would say about them."""
+"""Generated people, each with two detected boxes, and the heatmaps that a network would output for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from torch import Tensor
 from fpd_accel.codecs import HeatmapCodec
 
 PEOPLE_PER_IMAGE = 3
-BOXES_PER_PERSON = 2  # the second a little beside the first: near-duplicates for suppression to find
+BOXES_PER_PERSON = 2  # near-duplicates, so that suppression has something to do
 IMAGE_SIDE = 600.0  # pixels
-NOISE = 0.05  # of heatmaps, whose peaks are 1
+NOISE = 0.05  # standard deviation of heatmaps whose peaks are 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Boxes:
     centers: Float[np.ndarray, "box 2"]
     sizes: Float[np.ndarray, "box 2"]  # (width, height) of the region that is cropped
     scores: Float[np.ndarray, " box"]
-    keypoints: Float[np.ndarray, "box joint 2"]  # of the person in it
+    keypoints: Float[np.ndarray, "box joint 2"]  # of the person in the box
     visible: Float[np.ndarray, "box joint"]
 
     def __len__(self) -> int:
@@ -33,17 +33,18 @@ class Boxes:
 
     @property
     def areas(self) -> Float[np.ndarray, " box"]:
+        """Areas of the boxes, square pixels."""
         return self.sizes.prod(axis=1)
 
     def in_crop(self, input_size: tuple[int, int]) -> Float[np.ndarray, "box joint 2"]:
-        """The keypoints in pixels of the crops."""
+        """Return the keypoints in pixels of the crops."""
         height, width = input_size
         scale = width / self.sizes[:, :1, None]
         middle = np.array([width / 2, height / 2], dtype=np.float32)
         return ((self.keypoints - self.centers[:, None]) * scale + middle).astype(np.float32)
 
     def ground_truth(self) -> dict[str, Any]:
-        """COCO's annotations of the people, each once."""
+        """Return COCO annotations, one for each person."""
         first = np.arange(0, len(self), BOXES_PER_PERSON)
         triples = np.concatenate([self.keypoints, 2 * self.visible[..., None]], axis=2)[first].astype(np.float64)
         corners = self.centers - self.sizes / 2
@@ -65,7 +66,7 @@ class Boxes:
 
 
 def draw_boxes(number: int, joints: int, *, aspect: float = 0.75, seed: int = 0) -> Boxes:
-    """Boxes of people at random places and sizes, a fifth of their keypoints unlabelled."""
+    """Return boxes of people at random places and sizes; a fifth of the keypoints are unlabelled."""
     generator = np.random.default_rng(seed)
     persons = -(-number // BOXES_PER_PERSON)
     width = generator.uniform(60, 250, persons)
@@ -87,7 +88,7 @@ def draw_boxes(number: int, joints: int, *, aspect: float = 0.75, seed: int = 0)
 
 
 def draw_heatmaps(boxes: Boxes, codec: HeatmapCodec, *, batch: int, seed: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and noisy heatmaps of batch after batch; hidden keypoints have a peak too, as networks give them."""
+    """Yield rows and noisy heatmaps, batch by batch; unlabelled keypoints have a peak too, as from a network."""
     generator = torch.Generator().manual_seed(seed)
     keypoints = torch.from_numpy(boxes.in_crop(codec.input_size))
     for first in range(0, len(boxes), batch):

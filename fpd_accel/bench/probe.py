@@ -1,37 +1,39 @@
-"""One measurement of a loader, in a process that has done nothing else: ``python -m fpd_accel.bench.probe``.
+"""One measurement in a fresh process: `python -m fpd_accel.bench.probe MODULE:FUNCTION KEYWORDS_AS_JSON`.
 
-Prints one JSON object. Times are seconds without that of importing; memory is megabytes (10^6 bytes).
+Prints the function's result as JSON. Times are in seconds and leave out imports; memory is in megabytes (10^6 bytes).
 """
 
-import argparse
+import importlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fpd_accel.bench.batches import payload
-from fpd_accel.config import Augment
-from fpd_accel.data import Batch, PoseStream, Shards, make_loader
-from fpd_accel.data.stream import READ_AHEAD, close_loader
+from fpd_accel.config.schema import Augment
+from fpd_accel.console import fail
+from fpd_accel.data.batch import Batch
+from fpd_accel.data.shards import Shards
+from fpd_accel.data.stream import READ_AHEAD, PoseStream, close_loader, make_loader
 from fpd_accel.errors import BenchError, UserError
-from fpd_accel.log import fail
+from fpd_accel.files import flush
 
 REPEATS = 3  # first batches, of which the median counts
 INPUT_SIZE = (256, 192)  # (height, width) of a crop, pixels
-FAR = 0.9  # of an epoch: where a run that is resumed goes on
+FAR = 0.9  # of an epoch: the place where a resumed run continues
 
 
 def memory(pid: int | str = "self") -> dict[str, float] | None:
-    """What a process has of the machine's memory; None where there is no ``/proc`` to say so.
+    """Return the memory of a process in megabytes; None without `/proc`.
 
-    ``private``: what it has for itself, files that the system can drop and read again left out; ``anonymous`` the same
-    with its part of what it shares; ``proportional`` (PSS): that with its part of the files in memory.
+    `private` is the memory of this process alone, without file pages that the system can drop and read again;
+    `anonymous` adds its part of shared memory; `proportional` (PSS) adds its part of file pages.
     """
     rollup = Path(f"/proc/{pid}/smaps_rollup")
     if not rollup.exists():
@@ -43,27 +45,21 @@ def memory(pid: int | str = "self") -> dict[str, float] | None:
 
 
 def time_opening(path: str, *, cold: bool) -> dict[str, Any]:
-    """Seconds until people can be read; ``cold``: of files that are not in memory."""
-    if cold:
-        for file in filter(Path.is_file, Path(path).rglob("*")):
-            evict(file)
+    """Measure the seconds until people can be read; if `cold`, from files that are not in memory."""
+    for file in filter(Path.is_file, Path(path).rglob("*") if cold else ()):
+        flush(file)  # only pages that are on the disk can be dropped
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.perf_counter()
     shards = Shards(path)
     shards.open()
     return {"seconds": time.perf_counter() - began, "people": len(shards), "images": len(shards.images)}
 
 
-def evict(file: Path) -> None:
-    """Let the system forget what it has of a file in memory, once that is on the disk."""
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[str, Any]:
-    """First batches of training from the start and from far on, then the rate and memory over ``batches`` more.
+    """Measure the first batches from the start and from far on, then rate and memory over `batches` more.
 
-    A loader is closed when the clock has stopped and its memory is known: its processes take their time to end.
+    A loader is closed after its time and memory are taken, because its processes take long to end.
     """
     shards = Shards(path)
     shards.open()
@@ -77,7 +73,7 @@ def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[s
             first[name].append(time.perf_counter() - began)
             close_loader(loading)
     loading = _batches(shards, starts["far"], workers=workers, batch=batch)
-    for _ in range(READ_AHEAD * workers):  # what workers have read ahead is no measure of how fast they are
+    for _ in range(READ_AHEAD * workers):  # batches read ahead would make the rate too high
         next(loading)
     sent = payload(next(loading))
     began = time.perf_counter()
@@ -104,39 +100,29 @@ def _batches(shards: Shards, start: int, *, workers: int, batch: int) -> Iterato
     return iter(make_loader(stream, workers, torch.device("cpu")))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fpd_accel.bench.probe")
-    parser.add_argument("shards")
-    parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--workers", type=int, help="measure loading; default: opening")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="DIR",
-        help="measure our loader against the published one; a decoded cache there",
-    )
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=100)
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.compare is not None:
-            from fpd_accel.bench.loaders import compare_loaders  # what it imports would be counted as memory of ours
+def payload(sent: Any) -> int:
+    """Return the bytes of all tensors in a batch, which a worker sends to the training process."""
+    if isinstance(sent, Tensor):
+        return sent.nbytes
+    if isinstance(sent, Batch):
+        return payload(vars(sent))
+    inner = sent.values() if isinstance(sent, Mapping) else sent if isinstance(sent, Sequence) else ()
+    return sum(payload(one) for one in inner if not isinstance(one, str))
 
-            found = compare_loaders(
-                Shards(chosen.shards),
-                chosen.compare,
-                input_size=INPUT_SIZE,
-                batch=chosen.batch,
-                batches=chosen.batches,
-            )
-        elif chosen.workers is None:
-            found = time_opening(chosen.shards, cold=chosen.cold)
-        else:
-            found = time_loading(chosen.shards, workers=chosen.workers, batch=chosen.batch, batches=chosen.batches)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Call a function of `fpd_accel.bench`, print its result, and return the exit code."""
+    name, keywords = sys.argv[1:] if arguments is None else arguments
+    module, function = name.split(":")  # imported only when used, since imports count as memory
+    options = json.loads(keywords)
+    try:
+        found = getattr(importlib.import_module(f"fpd_accel.bench.{module}"), function)(**options)
     except UserError as error:
         return fail(error)
     except MemoryError:
-        return fail(BenchError(f"{chosen.shards}: no memory for batches of {chosen.batch} people; lower --batch"))
+        return fail(
+            BenchError(f"{options['path']}: no memory for batches of {options['batch']} samples; lower --batch")
+        )
     print(json.dumps(found))
     return 0
 

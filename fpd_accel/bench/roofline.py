@@ -1,28 +1,26 @@
-"""How fast a distillation step could be on a machine of which two ceilings are known: the fused roofline.
+"""The fused roofline: how fast a distillation step could be on a machine with two known ceilings.
 
-The ceilings are what large matrix products and large copies reach in the same run (``ceilings.py``). Work is counted on
-meta tensors, where nothing is computed, from the layers that a forward goes through: convolutions, transposed
-convolutions, linear layers and attention. Everything else (normalisation, activation, addition, upsampling, loss,
-targets, images) is taken as fused into the layer before or after it and costs nothing, extra operands included.
+The ceilings are the rates of large matrix products and of large copies in the same run (`step_probe.py`). Work is
+counted on meta tensors, from the convolutions, transposed convolutions, linear layers and attention of a forward.
+Everything else (normalisation, activation, addition, upsampling, loss, targets, images) counts as fused into the layer
+before or after it and costs nothing, extra operands included.
 
-FLOPs are two for each multiply-add: the teacher's forward, the student's forward, and as much again for the gradient of
-a layer's input and for that of its weights (not for images, which need no gradient).
+FLOPs are two per multiply-add: the teacher's forward, the student's forward, and as much again for the gradient of a
+layer's input (images need none) and for that of its weights. Bytes are those that must go through the device's memory
+even so, at the element size of the precision:
 
-Bytes are those that have to go through the device's memory even so, with elements as large as the precision makes them:
+    forward             reads input and weights, writes the output; batch normalisation in training mode after it reads
+                        the output once more, for its statistics
+    gradient of input   reads the gradient of the output, the weights and, to undo normalisation and activation, the
+                        saved output; writes the gradient of the input and, for nothing more, the sums of normalisation
+    gradient of weights reads the input and the gradient of the output; writes the gradient in float32
+    attention           reads queries, keys and values, writes the output; backward reads these four and the gradient of
+                        the output, writes three gradients
+    optimizer           Adam reads weights, gradients and both moments, writes weights and both moments, in float32
 
-    forward             reads input and weights once, writes the output once; where batch normalisation in training mode
-                        follows, its statistics read the output once more before anything can use it
-    gradient of input   reads the gradient of the output and the weights, and, to undo normalisation and activation, the
-                        saved output, once each; writes the gradient of the input
-    gradient of weights reads the input and the gradient of the output once each; writes the gradient, float32
-    batch normalisation its backward sums are taken where the gradient is written: nothing
-    attention           forward reads queries, keys and values and writes the output; backward reads these four and the
-                        gradient of the output, and writes three gradients. No weights
-    optimizer           Adam: reads weights, gradients and both moments, writes weights and both moments, float32
-
-A pass of a layer takes the longer of FLOPs / matmul ceiling and bytes / copy ceiling, for one kernel does both at once;
-the roofline is the sum over passes, for they come one after another. Caches that hold more than one layer's tensors
-could beat it, and so could a convolution with fewer multiplications (Winograd, FFT): it is a yardstick, not a law.
+A pass takes the longer of FLOPs / matmul ceiling and bytes / copy ceiling, since one kernel does both at once; passes
+run one after another. Caches that hold more than one layer's tensors could beat this roofline, and so could convolution
+with fewer multiplications (Winograd, FFT): it is a yardstick, not a law.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,63 +33,68 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 MASTER = 4  # bytes of a weight, its gradient and each moment in the optimizer
-ADAM_PASSES = 7  # over the weights: four reads, three writes
+ADAM_PASSES = 7  # over all weights: four reads, three writes
 
 
 @dataclass
 class Layer:
-    """One layer of a forward: multiply-adds, and elements of its tensors."""
+    """One layer of a forward: its multiply-adds and the elements of its tensors."""
 
     kind: str
     macs: int
     inputs: int
     weights: int
     outputs: int
-    input_gradient: bool  # whether what it reads is differentiated
-    normalised: bool = False  # by the statistics of the batch
+    input_gradient: bool  # whether its input needs a gradient
+    normalised: bool = False  # followed by batch normalisation in training mode
 
 
 class Pass(NamedTuple):
-    """What one kernel would do."""
+    """The work of one kernel."""
 
     name: str
     flops: int
     bytes: int
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reaches at best: FLOP/s of matrix products in the step's precision, and bytes/s of copies."""
+class Ceilings(NamedTuple):
+    """The best rates of a device: FLOP/s of matrix products in the step's precision, and bytes/s of copies."""
 
     flops: float
     bytes: float
 
 
 def count_layers(network: nn.Module, images: tuple[int, int, int, int]) -> list[Layer]:
-    """The layers of a forward of this many images (B, 3, H, W), in order. The network is on the meta device."""
+    """Return the layers of a forward of images (B, 3, H, W), in order. The network is on the meta device."""
     with _Counter() as counter, torch.enable_grad():
         network(torch.empty(*images, device="meta"))
     return counter.layers
 
 
-def inference_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
-    """A forward in evaluation mode, with elements of so many bytes."""
-    return [_forward(layer, element, training=False) for layer in layers]
+def forward_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
+    """Return the passes of a forward, with elements of `element` bytes."""
+    return [
+        Pass(
+            f"{layer.kind} forward",
+            2 * layer.macs,
+            element * (layer.inputs + layer.weights + layer.outputs * (1 + layer.normalised)),
+        )
+        for layer in layers
+    ]
 
 
 def training_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
-    """Forward and backward in training mode."""
-    passes = [_forward(layer, element, training=True) for layer in layers]
+    """Return the passes of forward and backward in training mode."""
+    passes = forward_passes(layers, element)
     for layer in reversed(layers):
+        both = layer.inputs + layer.outputs
         if layer.kind == "attention":
-            traffic = layer.inputs + layer.outputs + layer.outputs + layer.inputs
-            passes.append(Pass("attention gradients", 4 * layer.macs, element * traffic))
+            passes.append(Pass("attention gradients", 4 * layer.macs, element * 2 * both))
             continue
         if layer.input_gradient:
-            saved = layer.outputs if layer.normalised else 0
-            traffic = layer.outputs + saved + layer.weights + layer.inputs
-            passes.append(Pass(f"{layer.kind} gradient of input", 2 * layer.macs, element * traffic))
-        traffic = element * (layer.inputs + layer.outputs) + MASTER * layer.weights
+            traffic = element * (both + layer.weights + layer.outputs * layer.normalised)
+            passes.append(Pass(f"{layer.kind} gradient of input", 2 * layer.macs, traffic))
+        traffic = element * both + MASTER * layer.weights
         passes.append(Pass(f"{layer.kind} gradient of weights", 2 * layer.macs, traffic))
     return passes
 
@@ -99,48 +102,37 @@ def training_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
 def step_passes(
     student: nn.Module, teacher: nn.Module, *, batch: int, input_size: tuple[int, int], element: int
 ) -> list[Pass]:
-    """All passes of one distillation step. Both networks are on the meta device."""
+    """Return all passes of one distillation step. Both networks are on the meta device."""
     images = (batch, 3, *input_size)
-    learnt = sum(parameter.numel() for parameter in student.parameters())
+    weights = sum(parameter.numel() for parameter in student.parameters())
     return [
-        *inference_passes(count_layers(teacher.eval(), images), element),
+        *forward_passes(count_layers(teacher.eval(), images), element),
         *training_passes(count_layers(student.train(), images), element),
-        Pass("optimizer", 0, ADAM_PASSES * MASTER * learnt),
+        Pass("optimizer", 0, ADAM_PASSES * MASTER * weights),
     ]
 
 
-def seconds(passes: Sequence[Pass], ceilings: Ceilings) -> float:
-    """The time that the passes take at least."""
-    return sum(max(one.flops / ceilings.flops, one.bytes / ceilings.bytes) for one in passes)
-
-
 def summary(passes: Sequence[Pass], ceilings: Ceilings, batch: int) -> dict[str, float]:
-    """The roofline of a step, for JSON."""
-    total = seconds(passes, ceilings)
-    bound = sum(one.bytes / ceilings.bytes for one in passes if one.bytes * ceilings.flops > one.flops * ceilings.bytes)
+    """Return the roofline of a step, for JSON."""
+    times = [(one.flops / ceilings.flops, one.bytes / ceilings.bytes) for one in passes]
+    total = sum(map(max, times))
     return {
         "images_per_second": batch / total,
         "seconds": total,
-        "memory_bound_share": bound / total,
+        "memory_bound_share": sum(memory for compute, memory in times if memory > compute) / total,
         "gflops_per_image": sum(one.flops for one in passes) / batch / 1e9,
         "megabytes_per_image": sum(one.bytes for one in passes) / batch / 1e6,
     }
 
 
-def _forward(layer: Layer, element: int, *, training: bool) -> Pass:
-    statistics = layer.outputs if training and layer.normalised else 0
-    traffic = layer.inputs + layer.weights + layer.outputs + statistics
-    return Pass(f"{layer.kind} forward", 2 * layer.macs, element * traffic)
-
-
 class _Counter(TorchFunctionMode):
-    """Records the calls that do multiply-adds while it is entered."""
+    """Records the layers that are called inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers: list[Layer] = []
         self._made_by: dict[int, Layer] = {}
-        self._kept: list[Tensor] = []  # so that no id comes twice
+        self._kept: list[Tensor] = []  # keeps ids unique
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Any = (), named: Any = None
@@ -152,49 +144,30 @@ class _Counter(TorchFunctionMode):
                 layer.normalised = True
         elif function in COUNTED:
             kind, multiply_adds = COUNTED[function]
-            layer = self._layer(kind, multiply_adds, arguments, result)
+            read, second = arguments[:2]
+            attention = kind == "attention"
+            layer = Layer(
+                kind,
+                multiply_adds(read, second, result),
+                inputs=sum(operand.numel() for operand in arguments[: 3 if attention else 1]),
+                weights=0 if attention else second.numel(),
+                outputs=result.numel(),
+                input_gradient=read.requires_grad,
+            )
             self.layers.append(layer)
             self._made_by[id(result)] = layer
             self._kept.append(result)
         return result
 
-    @staticmethod
-    def _layer(
-        kind: str, multiply_adds: Callable[[Tensor, Tensor, Tensor], int], arguments: Any, result: Tensor
-    ) -> Layer:
-        read, second = arguments[0], arguments[1]
-        is_attention = kind == "attention"
-        operands = read.numel() + second.numel() + arguments[2].numel() if is_attention else read.numel()
-        return Layer(
-            kind,
-            multiply_adds(read, second, result),
-            inputs=operands,
-            weights=0 if is_attention else second.numel(),
-            outputs=result.numel(),
-            input_gradient=read.requires_grad,
-        )
 
-
-def _convolution(inputs: Tensor, weight: Tensor, result: Tensor) -> int:  # noqa: ARG001
-    return result.numel() * weight[0].numel()  # weight: (outputs, inputs / groups, kernel...)
-
-
-def _transposed(inputs: Tensor, weight: Tensor, result: Tensor) -> int:  # noqa: ARG001
-    return inputs.numel() * weight[0].numel()  # weight: (inputs, outputs / groups, kernel...)
-
-
-def _linear(inputs: Tensor, weight: Tensor, result: Tensor) -> int:  # noqa: ARG001
-    return result.numel() * weight.shape[1]
-
-
-def _attention(query: Tensor, key: Tensor, result: Tensor) -> int:
-    rows = query.shape[:-1].numel()
-    return rows * key.shape[-2] * (query.shape[-1] + result.shape[-1])
-
-
+# Kind of each counted function, and its multiply-adds by first operand, second operand (weights or keys) and result.
+# Weights are (outputs, inputs / groups, kernel...), transposed (inputs, outputs / groups, kernel...).
 COUNTED: dict[Callable[..., Any], tuple[str, Callable[[Tensor, Tensor, Tensor], int]]] = {
-    F.conv2d: ("convolution", _convolution),
-    F.conv_transpose2d: ("transposed convolution", _transposed),
-    F.linear: ("linear", _linear),
-    F.scaled_dot_product_attention: ("attention", _attention),
+    F.conv2d: ("convolution", lambda _, weight, result: result.numel() * weight[0].numel()),
+    F.conv_transpose2d: ("transposed convolution", lambda read, weight, _: read.numel() * weight[0].numel()),
+    F.linear: ("linear", lambda _, weight, result: result.numel() * weight.shape[1]),
+    F.scaled_dot_product_attention: (
+        "attention",
+        lambda query, key, result: query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + result.shape[-1]),
+    ),
 }

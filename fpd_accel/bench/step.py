@@ -1,11 +1,12 @@
-"""What a training step costs beside the published one: same weights, same batches, rounds of all variants interleaved.
+"""`fpd-accel bench step`: the time of our training step beside the published one, from equal weights and batches.
 
-The variants are those of ``reference_step.py`` and, as ``c`` and ``d``, ours (``our_step.py``). A round is so many
-steps of each variant, timed from an idle device to an idle device; ratios are taken within a round, so that whatever
-disturbs the machine disturbs both. Data are made before: what the published loader makes on the host costs it nothing
-here but the copy to the device.
+The variants are in `variants.py`. A round takes some steps of each variant, timed
+from an idle device to an idle device, and ratios are taken within a round, so that the machine's other load disturbs
+both sides. Batches are made beforehand: host work of the published loader costs only its larger copy to the device.
+Losses before the first step must agree before anything is timed; tests compare both steps exactly, gradients included.
 """
 
+import copy
 import gc
 import statistics
 import time
@@ -17,150 +18,127 @@ from typing import Any, TypeVar
 
 import torch
 
-from fpd_accel.bench.ceilings import copy_ceiling, matmul_ceiling, synchronize
-from fpd_accel.bench.contestants import (
-    DTYPES,
-    OURS,
-    VARIANTS,
-    Contestant,
-    Ground,
-    StepBench,
-    create_bench_accelerator,
-    create_contestant,
-    create_networks,
-    make_people,
-    with_lessons,
-)
 from fpd_accel.bench.environment import environment
-from fpd_accel.bench.our_step import STAGES, OurStep
-from fpd_accel.bench.roofline import Ceilings, Pass, step_passes, summary
-from fpd_accel.bench.step_gate import check_as_timed, check_exactly
-from fpd_accel.bench.step_inputs import JOINTS, choose_device, choose_precision
-from fpd_accel.bench.step_probe import Memory, Stopwatch, count_kernels
-from fpd_accel.codecs import HeatmapCodec, create_codec
-from fpd_accel.config import Codec
+from fpd_accel.bench.roofline import Ceilings, step_passes, summary
+from fpd_accel.bench.step_probe import Memory, Stopwatch, copy_ceiling, count_kernels, matmul_ceiling, synchronize
+from fpd_accel.bench.step_report import BatchReport, StepReport
+from fpd_accel.bench.variants import (
+    STAGES,
+    VARIANTS,
+    OurStep,
+    Setup,
+    StepBench,
+    Variant,
+    create_inputs,
+    create_setup,
+    create_variant,
+)
+from fpd_accel.console import track
 from fpd_accel.data.batch import Batch
-from fpd_accel.log import say, track
-from fpd_accel.models import create_model
+from fpd_accel.errors import BenchError
 
-RATIOS = (("c", "a"), ("c", "a1"), ("c", "b"), ("d", "a"), ("d", "a1"), ("d", "c"))
-WARM_UP = {"cpu": 1, "cuda": 5}  # steps that do not count
+RATIOS = {
+    "ours": ("published", "published_no_grad", "eager"),
+    "ours_cached": ("published", "published_no_grad", "ours"),
+}
+WARM_UP = {"cpu": 1, "cuda": 5}  # untimed steps
 STEPS = {"cpu": 1, "cuda": 20}  # of a round
+LOSS_TOLERANCE = 2e-2  # relative; bf16 differs by 1e-3
 Result = TypeVar("Result")
 
 
-def bench_step(bench: StepBench) -> dict[str, Any]:
-    """The measurements, for JSON and for ``step_report.show_step``.
+def bench_step(bench: StepBench) -> StepReport:
+    """Return the measurements, for JSON and for `step_report.show_step`.
 
     Raises:
-        ModelError: a network does not exist, or does not take images of this size.
-        TrainingError: the device does not exist, or ours does not compute what the published step does.
+        BenchError: The variants do not compute the same losses.
+        ModelError: A network does not exist, or does not take images of this size.
+        TrainingError: The device does not exist.
     """
-    device = choose_device(bench.device)
-    precision, reason = choose_precision(bench.precision, device)
-    say(f"precision of b, c and d: {precision} ({reason})")
-    where = environment() | {"device": _describe(device), "threads": torch.get_num_threads()}  # before our own load
-    batches = bench.batches or ((4, 8) if device.type == "cpu" else (24, 32, 64, 128, 256, 512))
-    networks = create_networks(bench, min(batches))
-    accelerator = create_bench_accelerator(device, precision)
-    codec = create_codec(Codec(), bench.input_size)
-    assert isinstance(codec, HeatmapCodec)
-    ground = Ground(bench, networks, accelerator, precision, codec)
-    exact = check_exactly(ground) if set(OURS) & set(bench.variants) else None
-    measured, reached = [], [_ceilings(device, precision)]
-    for batch in batches:
-        measured.append(_measure(ground, batch))
-        again = _if_room(partial(_ceilings, device, precision), device)
+    where = environment()  # before measuring, which is a load itself
+    setup = create_setup(bench)
+    device = setup.device
+    where |= {"device": _describe(device), "threads": torch.get_num_threads()}
+    measured, reached = [], [_ceilings(setup)]
+    for batch in setup.batches:
+        measured.append(_measure(setup, batch))
+        again = _if_room(partial(_ceilings, setup), device)
         if again is not None:
-            reached.append(again)  # of which the best counts: a machine that others share is slow at times
+            reached.append(again)  # the best counts, since a shared machine is slow at times
     flops, fp32, copied = map(max, zip(*reached, strict=True))
     for result in measured:
-        _add_roofline(result, ground, Ceilings(flops, copied))
+        _add_roofline(result, setup, Ceilings(flops, copied))
+    chosen = {"device": device.type, "precision": setup.precision, "precision_reason": setup.precision_reason}
     return {
         "bench": "step",
         "environment": where,
-        "settings": asdict(bench) | {"device": device.type, "precision": precision, "precision_reason": reason},
+        "settings": asdict(bench) | chosen | {"loss_tolerance": LOSS_TOLERANCE},
         "variants": {name: VARIANTS[name] for name in bench.variants},
         "ceilings": {"matmul_tflops": flops / 1e12, "fp32_matmul_tflops": fp32 / 1e12, "copy_gbytes": copied / 1e9},
-        "exact_gate": exact,
         "batches": measured,
     }
 
 
-def _ceilings(device: torch.device, precision: str) -> tuple[float, float, float]:
-    """FLOP/s of matrix products in this precision and in float32, and bytes/s of copies."""
-    flops = matmul_ceiling(device, DTYPES[precision])
-    fp32 = flops if precision == "fp32" else matmul_ceiling(device, torch.float32)
-    return flops, fp32, copy_ceiling(device)
+def _ceilings(setup: Setup) -> tuple[float, float, float]:
+    """Return FLOP/s of matrix products in this precision and in float32, and bytes/s of copies."""
+    flops = matmul_ceiling(setup.device, setup.dtype)
+    fp32 = flops if setup.precision == "fp32" else matmul_ceiling(setup.device, torch.float32)
+    return flops, fp32, copy_ceiling(setup.device)
 
 
-def _add_roofline(result: dict[str, Any], ground: Ground, ceilings: Ceilings) -> None:
-    """To the measurements of one batch size."""
-    batch, ours = result["batch"], result["variants"].get("c")
-    result["roofline"] = roofline = summary(_passes(ground, batch), ceilings, batch)
+def _add_roofline(result: BatchReport, setup: Setup, ceilings: Ceilings) -> None:
+    """Add the roofline to the measurements of one batch size."""
+    batch, ours = result["batch"], result["variants"].get("ours")
+    networks = (copy.deepcopy(network).to("meta") for network in setup.networks)
+    passes = step_passes(*networks, batch=batch, input_size=setup.bench.input_size, element=setup.dtype.itemsize)
+    result["roofline"] = roofline = summary(passes, ceilings, batch)
     if ours is not None:
         roofline["reached"] = ours["images_per_second"]["median"] / roofline["images_per_second"]
 
 
-def _passes(ground: Ground, batch: int) -> list[Pass]:
-    bench = ground.bench
-    with torch.device("meta"):
-        student, teacher = (
-            create_model(name, JOINTS, input_size=bench.input_size) for name in (bench.student, bench.teacher)
-        )
-    element = DTYPES[ground.precision].itemsize
-    return step_passes(student, teacher, batch=batch, input_size=bench.input_size, element=element)
-
-
-def _measure(ground: Ground, batch: int) -> dict[str, Any]:
-    """Everything about one batch size; ``no_room``: the variants for which the device's memory does not suffice."""
-    device, bench = ground.accelerator.device, ground.bench
-    ours, theirs = make_people(ground, batch)
-    contestants = {name: create_contestant(name, ground, batch) for name in bench.variants}
-    inputs: dict[str, list[Any]] = {name: ours if name in OURS else theirs for name in contestants}
-    if "d" in contestants:
-        inputs["d"] = [with_lessons(one, ground) for one in ours]
-    gates = {}
-    for name in filter(contestants.__contains__, OURS):
-        for other in ("a", "a1"):  # of which the second takes half the memory, for the same gradient of the student
-            check = partial(check_as_timed, name, other, ground, contestants, inputs[name][0], theirs[0])
-            if (gate := _if_room(check, device)) is not None:
-                gates[name] = gate
-                break
-    found: dict[str, dict[str, Any]] = {}
-    for name in track(list(contestants), f"warming up, batch {batch}", total=len(contestants)):
-        own = _if_room(partial(_warm_up, contestants[name], inputs[name], device), device)
-        if own is None:
-            del contestants[name]
+def _measure(setup: Setup, batch: int) -> BatchReport:
+    """Measure one batch size; `no_room` lists the variants that the device's memory does not hold."""
+    device, bench = setup.device, setup.bench
+    inputs = create_inputs(setup, batch)
+    variants = {name: create_variant(name, setup, batch) for name in bench.variants}
+    found: dict[str, Any] = {}
+    losses: dict[str, list[float]] = {}
+    for name in track(list(variants), f"warming up, batch {batch}", total=len(variants)):
+        warm = _if_room(partial(_warm_up, variants[name], inputs[name], device), device)
+        if warm is None:
+            del variants[name]
         else:
-            found[name] = own
-    steps = bench.steps or STEPS[device.type]
-    title = f"measuring, batch {batch}"
-    timing = partial(_rounds, contestants, inputs, device, rounds=bench.rounds, steps=steps, title=title)
-    seconds = _if_room(timing, device) if contestants else {}
+            losses[name], found[name] = warm
+    differences = compare_losses(losses)
+    seconds = _if_room(partial(_rounds, variants, inputs, setup, f"measuring, batch {batch}"), device)
     if seconds is None:
         seconds, found = {}, {}
-        contestants.clear()
+        variants.clear()
     rates = {name: [batch / each for each in own] for name, own in seconds.items()}
     for name, own in found.items():
         own |= {"images_per_second": spread(rates[name]), "seconds": seconds[name]}
-    result: dict[str, Any] = {"batch": batch, "gates": gates, "variants": found, "ratios": _ratios(rates)}
-    result["no_room"] = [name for name in bench.variants if name not in found]
-    mine = contestants.get("c")
-    if isinstance(mine, OurStep):
-        stages, result["host_ahead"] = _stages(mine, ours, device, rounds=bench.rounds)
-        busy = found["c"]["busy_seconds"] or sum(stages.values())
-        result["stages"] = stages | {"host gap": max(0.0, statistics.median(seconds["c"]) - busy)}
-    contestants.clear()
-    del mine
-    ground.accelerator.free_memory()  # it remembers what it has prepared
+    result: BatchReport = {
+        "batch": batch,
+        "variants": found,
+        "ratios": _ratios(rates),
+        "loss_difference": differences,
+        "no_room": [name for name in bench.variants if name not in found],
+    }
+    ours = variants.get("ours")
+    if isinstance(ours, OurStep):
+        stages, result["host_ahead"] = _stages(ours, inputs["ours"], setup)
+        busy = found["ours"]["busy_seconds"] or sum(stages.values())
+        result["stages"] = stages | {"host gap": max(0.0, statistics.median(seconds["ours"]) - busy)}
+    variants.clear()
+    del ours
+    setup.accelerator.free_memory()  # it keeps references to all that it has prepared
     gc.collect()
     return result
 
 
 def _if_room(work: Callable[[], Result], device: torch.device) -> Result | None:
-    """What it gives; None where the device's memory does not suffice, and what it took is given back."""
-    with suppress(torch.OutOfMemoryError):  # what its frames hold is freed only after this block
+    """Return the result of `work`, or None, with its memory freed, if the device's memory does not suffice."""
+    with suppress(torch.OutOfMemoryError):  # tensors in its frames are freed only after this block
         return work()
     gc.collect()
     if device.type == "cuda":
@@ -168,43 +146,59 @@ def _if_room(work: Callable[[], Result], device: torch.device) -> Result | None:
     return None
 
 
-def _warm_up(contestant: Contestant, batches: Sequence[Any], device: torch.device) -> dict[str, Any]:
-    """The first steps of a variant, which do not count, and what one of those after them needs."""
+def _warm_up(variant: Variant, batches: Sequence[Any], device: torch.device) -> tuple[list[float], dict[str, Any]]:
+    """Return the losses before the first step and, after some untimed steps, memory and kernels of one."""
+    losses = variant.losses(batches[0])  # loads libraries too, whose memory is not the variant's
     memory = Memory(device)
-    contestant.run(_turns(batches, WARM_UP[device.type]))
-    if device.type == "cuda":  # while cuDNN chooses its algorithms it takes more than a step does
+    variant.run(_turns(batches, WARM_UP[device.type]))
+    if device.type == "cuda":  # while cuDNN chooses its algorithms it takes more memory than a step does
         torch.cuda.reset_peak_memory_stats(device)
-        contestant.run(batches[:1])
-    peak = memory.peak_mb(contestant.student, contestant.teacher)
-    return {"memory_mb": peak, **count_kernels(partial(contestant.run, batches[:1]), device)}
+        variant.run(batches[:1])
+    peak = memory.peak_mb(*variant.networks)
+    return losses, {"memory_mb": peak, **count_kernels(partial(variant.run, batches[:1]), device)}
+
+
+def compare_losses(losses: dict[str, list[float]]) -> dict[str, float]:
+    """Return the largest relative difference of each variant's losses from those of the first variant.
+
+    Raises:
+        BenchError: A difference exceeds `LOSS_TOLERANCE`.
+    """
+    reference = next(iter(losses.values()), [])
+    differences = {
+        name: max(abs(value - right) / max(abs(right), 1e-12) for value, right in zip(own, reference, strict=True))
+        for name, own in losses.items()
+    }
+    wrong = [f"{name} by {found:.1e}" for name, found in differences.items() if not found <= LOSS_TOLERANCE]
+    if wrong:
+        raise BenchError(
+            f"bench step: losses before the first step differ from those of {next(iter(losses))}: {', '.join(wrong)} "
+            f"(relative, allowed {LOSS_TOLERANCE:.0e}); one of them is wrong, so nothing was timed"
+        )
+    return differences
 
 
 def _ratios(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {
         f"{one}/{other}": spread([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-        for one, other in RATIOS
+        for one, others in RATIOS.items()
+        for other in others
         if one in rates and other in rates
     }
 
 
 def _rounds(
-    contestants: dict[str, Contestant],
-    inputs: dict[str, list[Any]],
-    device: torch.device,
-    *,
-    rounds: int,
-    steps: int,
-    title: str,
+    variants: dict[str, Variant], inputs: dict[str, list[Any]], setup: Setup, title: str
 ) -> dict[str, list[float]]:
-    """Seconds of a step in each round of each variant; the one that begins is another in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
-    order = [name for n in range(rounds) for name in names[n % len(names) :] + names[: n % len(names)]]
+    """Return the seconds of a step of each variant in each round; each round starts with another variant."""
+    device, names, seconds = setup.device, list(variants), {name: list[float]() for name in variants}
+    steps = setup.bench.steps or STEPS[device.type]
+    order = [names[(n + k) % len(names)] for n in range(setup.bench.rounds) for k in range(len(names))]
     for name in track(order, title, total=len(order)):
         turns = _turns(inputs[name], steps)
         synchronize(device)
         began = time.perf_counter()
-        contestants[name].run(turns)
+        variants[name].run(turns)
         synchronize(device)
         seconds[name].append((time.perf_counter() - began) / steps)
     return seconds
@@ -214,14 +208,12 @@ def _turns(batches: Sequence[Any], steps: int) -> list[Any]:
     return [batches[number % len(batches)] for number in range(steps)]
 
 
-def _stages(
-    ours: OurStep, batches: Sequence[Batch], device: torch.device, *, rounds: int
-) -> tuple[dict[str, float], bool | None]:
-    """Median seconds of each stage of a step of ours, and whether they are a GPU's own (see :class:`Stopwatch`)."""
+def _stages(ours: OurStep, batches: Sequence[Batch], setup: Setup) -> tuple[dict[str, float], bool | None]:
+    """Return median seconds of each stage of our step, and whether they are a GPU's alone (see `Stopwatch`)."""
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
     ahead: list[bool | None] = []
-    for batch in _turns(batches, rounds):
-        watch = Stopwatch(device)
+    for batch in _turns(batches, setup.bench.rounds):
+        watch = Stopwatch(setup.device)
         ours.staged(batch, watch.mark)
         ahead.append(watch.host_is_ahead())
         for stage, seconds in watch.seconds().items():
@@ -231,7 +223,7 @@ def _stages(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Return median and quartiles."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return {"median": middle, "low": low, "high": high}
 

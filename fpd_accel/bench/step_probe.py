@@ -1,4 +1,4 @@
-"""How a step is looked at: its stages, its kernels and its memory, on a CPU or a GPU."""
+"""Instruments for a training step on a CPU or GPU: ceilings, stages, kernels and memory."""
 
 import ctypes
 import os
@@ -11,16 +11,58 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fpd_accel.bench.ceilings import synchronize
+REPEATS = 5  # of which the best counts, since a ceiling is a rate that was reached once
+MATRIX = {"cpu": 1536, "cuda": 8192}  # rows and columns
+COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes, far more than any cache holds
+LAUNCHES = {"cpu": 1, "cuda": 10}  # in a row, so that a GPU is never idle
+AHEAD = 200_000_000  # cycles, a tenth of a second: the device waits while the host enqueues a whole step
 
-AHEAD = 200_000_000  # cycles, a tenth of a second: the device waits while the host hands it a whole step
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all enqueued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a large square matrix product; float32 on a GPU uses TF32 if convolutions do."""
+    size, launches = MATRIX[device.type], LAUNCHES[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        return 2 * size**3 * launches / _best(device, lambda: torch.mm(left, right, out=product), launches)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Return the bytes/s, read and written, of copying a large tensor in the device's memory."""
+    launches = LAUNCHES[device.type]
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    copied = torch.empty_like(source)
+    return 2 * source.nbytes * launches / _best(device, lambda: copied.copy_(source), launches)
+
+
+def _best(device: torch.device, work: Callable[[], object], launches: int) -> float:
+    """Return the seconds of the fastest of `REPEATS`, after an untimed one."""
+    found = []
+    for _ in range(1 + REPEATS):
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(launches):
+            work()
+        synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
 
 
 class Stopwatch:
-    """The time between marks: by events on a GPU, of which the host runs ahead, so that its own time is not in them.
+    """The time between marks; on a GPU by events, while the host runs ahead, so that host time is left out.
 
-    A GPU takes a thousand kernels or so in advance. Where those of a step are more, and each is done sooner than the
-    host hands over the next, the GPU catches up (:meth:`host_is_ahead`), and stages have the host's time in them.
+    A GPU queues about a thousand kernels. If a step has more, and each ends before the host enqueues the next, the GPU
+    catches up (`host_is_ahead`), and the stages include time of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,15 +80,16 @@ class Stopwatch:
         return event
 
     def mark(self, name: str) -> None:
-        """The stage of this name is over."""
+        """End the stage of this name."""
         self.names.append(name)
         self._marks.append(self._now())
 
     def host_is_ahead(self) -> bool | None:
-        """Right after the last mark: whether a GPU still has something to do; None on a CPU, which is the host."""
+        """Return whether a GPU is still busy; call it right after the last mark. None on a CPU, which is the host."""
         return None if self.device.type != "cuda" else not self._marks[-1].query()
 
     def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage."""
         synchronize(self.device)
         pairs = zip(self.names, self._marks, self._marks[1:], strict=False)
         if self.device.type == "cuda":
@@ -55,7 +98,7 @@ class Stopwatch:
 
 
 def count_kernels(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Kernels of a step and the seconds in which any ran; on a CPU operators called, and None for the seconds."""
+    """Return the kernels of a step and the seconds in which any ran; on a CPU operators, and None for the seconds."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, acc_events=True) as profiler:
@@ -65,7 +108,7 @@ def count_kernels(work: Callable[[], object], device: torch.device) -> dict[str,
     if not cuda:
         outer = [e for e in events if _is_operator(e) and not _is_operator(e.cpu_parent)]
         return {"kernels": len(outer), "busy_seconds": None}
-    # Ranges that PyTorch or a program names are there too, gaps and all.
+    # Leave out ranges that PyTorch or a program names: they include gaps between kernels.
     on_device = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     spans = [(event.time_range.start, event.time_range.end) for event in on_device]
@@ -77,7 +120,7 @@ def _is_operator(event: Any) -> bool:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -86,7 +129,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 class Memory:
-    """The most that a step needs, beside what the other variants keep meanwhile."""
+    """The peak memory of a step, without the memory that other variants hold meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -97,15 +140,15 @@ class Memory:
             return
         _trim()
         try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
             self.before = _status("VmRSS")
-        except OSError:  # not Linux, or not allowed
+        except OSError:  # not Linux, or not permitted
             self.known = False
 
     def peak_mb(self, *networks: nn.Module) -> float | None:
-        """MB (10^6 bytes): weights of the networks, and what was done since then added to them at most.
+        """Return the weights of the networks plus the largest growth since construction, in MB (10^6 bytes).
 
-        Gradients and moments that were made since then are in what was added. None where it cannot be known.
+        Gradients and moments made since then are part of the growth. None if the system does not tell it.
         """
         if not self.known:
             return None
@@ -114,7 +157,7 @@ class Memory:
 
 
 def weight_bytes(*networks: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
+    """Return the bytes of parameters and buffers."""
     tensors: list[Tensor] = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -125,6 +168,6 @@ def _status(name: str) -> int:
 
 
 def _trim() -> None:
-    """Give back what the C library keeps of freed memory: otherwise the next variant would seem to need none."""
+    """Return freed memory that the C library keeps; otherwise the next variant would seem to need none."""
     if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

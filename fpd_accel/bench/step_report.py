@@ -1,9 +1,9 @@
-"""The measurements of ``fpd-accel bench step`` as tables and as one picture."""
+"""The measurements of `fpd-accel bench step` as tables and as one picture."""
 
 import statistics
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import cv2
 import numpy as np
@@ -11,215 +11,249 @@ from rich.markup import escape
 from rich.table import Table
 
 from fpd_accel.bench.environment import describe
-from fpd_accel.log import results
+from fpd_accel.console import stdout
 from fpd_accel.visualize import Picture
 
-HEIGHT, MARGIN, TOP = 420, 70, 60  # pixels of a panel, of the axis beside it, and of the titles above it
-BAR, GAP = 34, 26  # pixels of a bar, and between groups of bars
-LEGEND = 190
-COLORS = ((90, 90, 90), (150, 150, 150), (222, 143, 5), (1, 115, 178), (2, 158, 115))  # of variants, RGB
-STAGE_COLORS = (
+Spread = dict[str, float]  # median, low and high (quartiles)
+Color = tuple[int, int, int]  # RGB, 0-255
+
+
+class VariantReport(TypedDict):
+    """The measurements of one variant at one batch size."""
+
+    seconds: list[float]  # seconds per step, one value per round
+    images_per_second: Spread  # over the rounds
+    kernels: int  # of one step; on a CPU operators
+    busy_seconds: float | None  # of one step, in which the GPU runs kernels or copies; None on a CPU
+    memory_mb: float | None  # peak of a step, 10^6 bytes; None if unknown
+
+
+class BatchReport(TypedDict):
+    """The measurements at one batch size."""
+
+    batch: int  # samples per step
+    variants: dict[str, VariantReport]
+    no_room: list[str]  # variants that ran out of memory
+    ratios: dict[str, Spread]  # images/s of `a` over those of `b`, within a round; by "a/b"
+    loss_difference: dict[str, float]  # largest relative difference from the first variant, before the first step
+    stages: NotRequired[dict[str, float]]  # seconds per stage of `ours`, and "host gap"; absent if it was not measured
+    host_ahead: NotRequired[bool | None]  # whether the stages are free of host time; None on a CPU
+    roofline: NotRequired[dict[str, float]]  # see `roofline.summary`; "reached": share that `ours` reaches, if measured
+
+
+class StepReport(TypedDict):
+    """The result of `bench_step`."""
+
+    bench: str  # "step"
+    environment: dict[str, Any]  # see `environment.environment`; also device and threads
+    settings: dict[str, Any]  # the fields of `StepBench`, device, precision and its reason, and loss_tolerance
+    variants: dict[str, str]  # descriptions by name
+    ceilings: dict[str, float]  # matmul_tflops in the precision, fp32_matmul_tflops, copy_gbytes per second
+    batches: list[BatchReport]
+
+
+HEIGHT = 420  # of a panel's bars, pixels
+MARGIN = 70  # left of a panel's bars, pixels
+TOP = 60  # height of the titles above the bars, pixels
+BAR = 34  # width of a bar, pixels
+GAP = 26  # between groups of bars, pixels
+LEGEND = 190  # width of the legend, pixels
+COLORS: dict[str, Color] = {
+    "published": (90, 90, 90),
+    "published_no_grad": (150, 150, 150),
+    "eager": (222, 143, 5),
+    "ours": (1, 115, 178),
+    "ours_cached": (2, 158, 115),
+}
+# One colour per stage in `variants.STAGES`, plus "host gap".
+STAGE_COLORS: tuple[Color, ...] = (
     (148, 148, 148), (86, 180, 233), (2, 158, 115), (1, 115, 178), (204, 120, 188), (222, 143, 5), (202, 145, 97),
     (213, 94, 0),
 )  # fmt: skip
-INK, PAPER = (30, 30, 30), 255
-HOST_GAP = {
-    "cuda": "the device has nothing to do",
-    "cpu": "a step timed among the other variants, minus its stages",
+INK: Color = (30, 30, 30)  # of text and lines
+PAPER = 255  # grey level of the background
+HOST_GAP_MEANING = {
+    "cuda": "time per step in which no kernel or copy runs",
+    "cpu": "time of a step in the interleaved run minus the sum of its stages",
 }
 
 
-def show_step(report: dict[str, Any]) -> None:
-    """Print what was measured."""
+def show_step(report: StepReport) -> None:
+    """Print the measurements."""
     settings = report["settings"]
-    title = f"Step: {settings['teacher']} teaches {settings['student']}, {_by(settings['input_size'])}, b, c and d in "
-    results.print(_variants_table(report, title + settings["precision"]))
+    size = "x".join(map(str, settings["input_size"]))
+    title = f"Step: {settings['teacher']} teaches {settings['student']}, {size}, eager, ours and ours_cached in "
+    stdout.print(_variants_table(report, title + settings["precision"]))
     if _staged(report):
-        results.print(_stages_table(report))
+        stdout.print(_stages_table(report))
     for line in _notes(report):
-        results.print(escape(line), soft_wrap=True)
+        stdout.print(escape(line), soft_wrap=True)
 
 
-def _name(variant: str) -> str:
-    return "a'" if variant == "a1" else variant
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
-
-
-def _variants_table(report: dict[str, Any], title: str) -> Table:
+def _variants_table(report: StepReport, title: str) -> Table:
     table = Table(title=title, title_justify="left")
     work = "kernels" if report["settings"]["device"] == "cuda" else "operators"
-    compared = ("c / it", "quartiles", "d / it", "quartiles")
-    for name in ("batch", "variant", "images/s", "quartiles", *compared, work, "peak MB"):
+    compared = ("ours\n÷ this", "ours\n÷ this,\nquartiles", "ours_cached\n÷ this", "ours_cached\n÷ this,\nquartiles")
+    for name in ("batch", "variant", "images/s", "images/s,\nquartiles", *compared, work, "peak MB"):
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=True)
-    for one in report["batches"]:
-        for name, found in one["variants"].items():
-            ratios = (one["ratios"].get(f"{ours}/{name}") for ours in "cd")
+    for batch_report in report["batches"]:
+        batch, batch_ratios = str(batch_report["batch"]), batch_report["ratios"]
+        for name, result in batch_report["variants"].items():
+            ratios = (batch_ratios.get(f"{ours}/{name}") for ours in ("ours", "ours_cached"))
             table.add_row(
-                str(one["batch"]), _name(name), *_shown(found["images_per_second"], ".4g"),
-                *chain.from_iterable(_shown(ratio, ".2f") for ratio in ratios),
-                str(found["kernels"]), "-" if found["memory_mb"] is None else f"{found['memory_mb']:,.0f}",
+                batch, name, *_format_spread(result["images_per_second"], ".4g"),
+                *chain.from_iterable(_format_spread(ratio, ".2f") for ratio in ratios),
+                str(result["kernels"]), "-" if result["memory_mb"] is None else f"{result['memory_mb']:,.0f}",
             )  # fmt: skip
-        for name in one["no_room"]:
-            table.add_row(str(one["batch"]), _name(name), "no room")
+        for name in batch_report["no_room"]:
+            table.add_row(batch, name, "out of memory")
         table.add_section()
     return table
 
 
-def _shown(found: dict[str, float] | None, form: str) -> tuple[str, str]:
-    if found is None:
+def _format_spread(spread: Spread | None, format_spec: str) -> tuple[str, str]:
+    """Return the median and the quartiles as text."""
+    if spread is None:
         return "", ""
-    return f"{found['median']:{form}}", f"{found['low']:{form}} - {found['high']:{form}}"
+    return f"{spread['median']:{format_spec}}", f"{spread['low']:{format_spec}} - {spread['high']:{format_spec}}"
 
 
-def _stages_table(report: dict[str, Any]) -> Table:
-    table = Table(title="Stages of c, timed apart: ms, and % of a step", title_justify="left")
+def _stages_table(report: StepReport) -> Table:
+    title = "Stages of ours, timed apart: ms, and % of the sum of all stages"
+    table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     batches = _staged(report)
-    for one in batches:
-        table.add_column(f"batch {one['batch']}", justify="right", no_wrap=True)
+    for batch_report in batches:
+        table.add_column(f"batch {batch_report['batch']}", justify="right", no_wrap=True)
     for stage in batches[0]["stages"]:
-        cells = [(one["stages"][stage], _seconds(one)) for one in batches]
-        table.add_row(stage, *(f"{1e3 * seconds:.2f}  {100 * seconds / whole:4.1f} %" for seconds, whole in cells))
+        cells = [(each["stages"][stage], sum(each["stages"].values())) for each in batches]
+        table.add_row(stage, *(f"{1e3 * seconds:.2f}  {100 * seconds / total:4.1f} %" for seconds, total in cells))
     table.add_section()
-    table.add_row("a step, ms", *(f"{1e3 * _seconds(one):.2f}        " for one in batches))
-    table.add_row("reached of the fused roofline", *(f"{100 * one['roofline']['reached']:.1f} %" for one in batches))
-    table.add_row("roofline, images/s", *(f"{one['roofline']['images_per_second']:.4g}" for one in batches))
+    table.add_row("a step, ms", *(f"{1e3 * _step_seconds(each):.2f}        " for each in batches))
+    reached = (f"{100 * each['roofline']['reached']:.1f} %" for each in batches)
+    table.add_row("share of the fused roofline reached", *reached)
+    table.add_row("fused roofline, images/s", *(f"{each['roofline']['images_per_second']:.4g}" for each in batches))
     return table
 
 
-def _staged(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batch sizes for which there are stages."""
-    return [one for one in report["batches"] if "stages" in one]
+def _staged(report: StepReport) -> list[BatchReport]:
+    """Return the reports of batch sizes that have stages."""
+    return [batch_report for batch_report in report["batches"] if "stages" in batch_report]
 
 
-def _seconds(one: dict[str, Any]) -> float:
-    """Of a whole step of c, as it was timed beside the others."""
-    return statistics.median(one["variants"]["c"]["seconds"])
+def _step_seconds(batch_report: BatchReport) -> float:
+    """Return the median seconds of one step of `ours` in the interleaved timing."""
+    return statistics.median(batch_report["variants"]["ours"]["seconds"])
 
 
-def _notes(report: dict[str, Any]) -> list[str]:
+def _notes(report: StepReport) -> list[str]:
     settings, ceilings = report["settings"], report["ceilings"]
-    lines = [f"{_name(name)}: {what}" for name, what in report["variants"].items()]
-    lines.append(f"precision of b, c and d {settings['precision']}: {settings['precision_reason']}")
+    lines = [f"{name}: {description}" for name, description in report["variants"].items()]
+    lines.append(f"precision of eager, ours and ours_cached: {settings['precision']} ({settings['precision_reason']})")
+    fp32 = "" if settings["precision"] == "fp32" else f", {ceilings['fp32_matmul_tflops']:.4g} in fp32"
     lines.append(
-        f"ceilings: {ceilings['matmul_tflops']:.4g} TFLOP/s of matrix products in {settings['precision']}, "
-        f"{ceilings['fp32_matmul_tflops']:.4g} in fp32, {ceilings['copy_gbytes']:.4g} GB/s of copies"
+        f"ceilings: matmul {ceilings['matmul_tflops']:.4g} TFLOP/s in {settings['precision']}{fp32}, "
+        f"copy (read + written) {ceilings['copy_gbytes']:.4g} GB/s"
     )
-    for one in report["batches"]:
-        roofline = one["roofline"]
+    lines.append(
+        "fused roofline: the step at these ceilings, if all other work were fused into layers and cost nothing"
+    )
+    for batch_report in report["batches"]:
+        roofline = batch_report["roofline"]
         lines.append(
-            f"batch {one['batch']}: {roofline['gflops_per_image']:.4g} GFLOP and {roofline['megabytes_per_image']:.4g} "
-            f"MB per image, {100 * roofline['memory_bound_share']:.0f} % of the roofline's time bound by memory"
+            f"batch {batch_report['batch']}: {roofline['gflops_per_image']:.4g} GFLOP and "
+            f"{roofline['megabytes_per_image']:.4g} MB per image, "
+            f"{100 * roofline['memory_bound_share']:.0f} % of the roofline time is memory-bound"
         )
     if _staged(report):
-        lines.append(f"host gap: {HOST_GAP[settings['device']]}")
-    if _staged(report) and settings["compile"] != "none":
-        lines.append("stages are those of the step without the graphs of student and losses")
-    lines += [
-        f"batch {one['batch']}: the device caught up with the host, whose time is in the stages"
-        for one in _staged(report)
-        if one["host_ahead"] is False
-    ]
-    for one in report["batches"]:
-        if one["no_room"]:
-            names = ", ".join(map(_name, one["no_room"]))
-            lines.append(f"batch {one['batch']}: {names}: the device's memory does not suffice")
-        unchecked = [name for name in one["variants"] if name in "cd" and name not in one["gates"]]
-        if unchecked:
+        lines.append(f"host gap: {HOST_GAP_MEANING[settings['device']]}")
+        if settings["compile"] != "none":
+            lines.append("stages are timed without the joint compiled graph of student and losses")
+    for batch_report in report["batches"]:
+        batch, differences = f"batch {batch_report['batch']}", batch_report["loss_difference"]
+        if batch_report.get("host_ahead") is False:
+            lines.append(f"{batch}: the GPU waited for the host, so stage times include host time")
+        if batch_report["no_room"]:
+            lines.append(f"{batch}: {', '.join(batch_report['no_room'])}: out of memory")
+        if len(differences) > 1:
+            reference, *others = differences
+            largest = ", ".join(f"{name} {differences[name]:.1e}" for name in others)
             lines.append(
-                f"batch {one['batch']}: {', '.join(unchecked)}: no room to compare with a; compared in float64 alone"
+                f"{batch}: relative difference of first-step losses from {reference}: at most {largest} "
+                f"(allowed {settings['loss_tolerance']:.0e})"
             )
-    gates = [("c against a in float64", report["exact_gate"])]
-    gates += [
-        (f"{name} against a at batch {one['batch']}, as timed", gate)
-        for one in report["batches"]
-        for name, gate in one["gates"].items()
-    ]
-    lines += [f"{which}, relative: {_agreement(gate)}" for which, gate in gates if gate is not None]
     lines.append(describe(report["environment"]) + f"; {report['environment']['device']}")
     return lines
 
 
-def _agreement(gate: dict[str, Any]) -> str:
-    loss, worst = max(gate["losses"].values()), gate["worst"]
-    text = (
-        f"loss {loss:.1e} (allowed {gate['allowed_loss']:.0e}), gradient {gate['gradient']:.1e} (allowed "
-        f"{gate['allowed_gradient']:.1e}), of {worst['parameter']} {worst['error']:.1e}"
-    )
-    return text + (f"; gradient of a plain step {gate['plain_gradient']:.1e}" if "plain_gradient" in gate else "")
-
-
-def draw_step(report: dict[str, Any]) -> Picture:
-    """Bars of images/s for each variant and batch; beside them the stages of ours, stacked."""
+def draw_step(report: StepReport) -> Picture:
+    """Draw bars of images/s for each variant and batch size and, beside them, the share of each stage of `ours`."""
     panels = [_rates_panel(report)]
     if _staged(report):
         panels.append(_stages_panel(report))
     return np.concatenate(panels, axis=1)
 
 
-def _rates_panel(report: dict[str, Any]) -> Picture:
-    names = list(report["variants"])
-    nothing = {"median": 0.0, "low": 0.0, "high": 0.0}  # of a variant for which there was no room
-    groups = [
-        [one["variants"].get(name, {"images_per_second": nothing})["images_per_second"] for name in names]
-        for one in report["batches"]
-    ]
-    highest = max((rate["high"] for group in groups for rate in group), default=0.0) or 1.0
-    settings = report["settings"]
+def _rates_panel(report: StepReport) -> Picture:
+    names, settings = list(report["variants"]), report["settings"]
+    width = len(names) * BAR + GAP  # of a group
+    rates = [result["images_per_second"] for each in report["batches"] for result in each["variants"].values()]
+    highest = max((rate["high"] for rate in rates), default=1.0)
     title = f"images/s, {settings['teacher']} teaches {settings['student']}, {settings['precision']}"
-    canvas = _panel(len(groups) * (len(names) * BAR + GAP), title, f"{report['environment']['device']}")
-    for number, (group, one) in enumerate(zip(groups, report["batches"], strict=True)):
-        left = MARGIN + number * (len(names) * BAR + GAP) + GAP // 2
-        for place, (name, rate) in enumerate(zip(names, group, strict=True)):
-            x, y = left + place * BAR, _level(rate["median"] / highest)
-            cv2.rectangle(canvas, (x, y), (x + BAR - 4, _level(0)), _color(name), -1)
-            middle = x + (BAR - 4) // 2
+    canvas = _panel(len(report["batches"]) * width, title, f"{report['environment']['device']}")
+    for number, batch_report in enumerate(report["batches"]):
+        left = MARGIN + number * width + GAP // 2
+        for place, name in enumerate(names):
+            x = left + place * BAR
+            if name not in batch_report["variants"]:
+                _text(canvas, "OOM", (x, _level(0) - 6), 0.35)
+                continue
+            rate = batch_report["variants"][name]["images_per_second"]
+            y, middle = _level(rate["median"] / highest), x + (BAR - 4) // 2
+            cv2.rectangle(canvas, (x, y), (x + BAR - 4, _level(0)), COLORS[name], -1)
             cv2.line(canvas, (middle, _level(rate["low"] / highest)), (middle, _level(rate["high"] / highest)), INK, 1)
             _text(canvas, f"{rate['median']:.3g}", (x, y - 6), 0.35)
-        _text(canvas, f"batch {one['batch']}", (left, _level(0) + 18), 0.45)
-    return _legend(canvas, [(_name(name), _color(name)) for name in names])
+        _text(canvas, f"batch {batch_report['batch']}", (left, _level(0) + 18), 0.45)
+    return _legend(canvas, [(name, COLORS[name]) for name in names])
 
 
-def _stages_panel(report: dict[str, Any]) -> Picture:
-    bars = [(one["batch"], one["stages"], _seconds(one)) for one in _staged(report)]
-    wide, gap = BAR + 3 * GAP, HOST_GAP[report["settings"]["device"]]
-    canvas = _panel(len(bars) * wide, "where the time of c goes, % of all stages", f"host gap: {gap}")
-    stages = list(bars[0][1])
-    for number, (batch, seconds, whole) in enumerate(bars):
-        left, total, below = MARGIN + number * wide + GAP, sum(seconds.values()), 0.0
-        for stage, color in zip(stages, STAGE_COLORS, strict=True):
-            above = below + seconds[stage] / total
+def _stages_panel(report: StepReport) -> Picture:
+    batches = _staged(report)
+    width = BAR + 3 * GAP  # of a bar with its numbers
+    subtitle = f"host gap: {HOST_GAP_MEANING[report['settings']['device']]}"
+    canvas = _panel(len(batches) * width, "time per stage of ours, % of the sum of all stages", subtitle)
+    colors = list(zip(batches[0]["stages"], STAGE_COLORS, strict=True))
+    for number, batch_report in enumerate(batches):
+        left = MARGIN + number * width + GAP
+        total = sum(batch_report["stages"].values())
+        below = 0.0
+        for stage, color in colors:
+            above = below + batch_report["stages"][stage] / total
             cv2.rectangle(canvas, (left, _level(above)), (left + BAR, _level(below)), color, -1)
-            if above - below > 0.04:
+            if above - below > 0.04:  # 16 pixels, enough for a number that does not overlap its neighbours
                 _text(canvas, f"{100 * (above - below):.0f}", (left + BAR + 3, _level((above + below) / 2) + 4), 0.35)
             below = above
-        _text(canvas, f"batch {batch}", (left - GAP // 2, _level(0) + 18), 0.45)
-        _text(canvas, f"{1e3 * whole:.4g} ms", (left - GAP // 2, _level(0) + 36), 0.4)
-    return _legend(canvas, list(zip(stages, STAGE_COLORS, strict=True))[::-1])
+        _text(canvas, f"batch {batch_report['batch']}", (left - GAP // 2, _level(0) + 18), 0.45)
+        _text(canvas, f"{1e3 * _step_seconds(batch_report):.4g} ms", (left - GAP // 2, _level(0) + 36), 0.4)
+    return _legend(canvas, colors[::-1])
 
 
 def _panel(width: int, title: str, subtitle: str) -> Picture:
-    least = MARGIN + max(width, 9 * max(len(title), len(subtitle)) - LEGEND) + GAP
-    canvas = np.full((TOP + HEIGHT + 50, least + LEGEND, 3), PAPER, np.uint8)
+    right = MARGIN + max(width, 9 * max(len(title), len(subtitle)) - LEGEND) + GAP
+    canvas = np.full((TOP + HEIGHT + 50, right + LEGEND, 3), PAPER, np.uint8)
     _text(canvas, title, (MARGIN, 22), 0.5)
     _text(canvas, subtitle, (MARGIN, 42), 0.42)
-    cv2.line(canvas, (MARGIN, _level(0)), (least, _level(0)), INK, 1)
+    cv2.line(canvas, (MARGIN, _level(0)), (right, _level(0)), INK, 1)
     return canvas
 
 
 def _level(share: float) -> int:
-    """The row of a share of the highest bar; there is room for a number above it."""
+    """Return the pixel row for a height of `share` (0 to 1) of the highest bar; 24 px stay free above for its label."""
     return TOP + HEIGHT - round(share * (HEIGHT - 24))
 
 
-def _color(variant: str) -> tuple[int, int, int]:
-    return COLORS[("a", "a1", "b", "c", "d").index(variant)]
-
-
-def _legend(canvas: Picture, entries: Sequence[tuple[str, tuple[int, int, int]]]) -> Picture:
+def _legend(canvas: Picture, entries: Sequence[tuple[str, Color]]) -> Picture:
+    """Draw a legend on the canvas, in place, and return the canvas."""
     left = canvas.shape[1] - LEGEND + 10
     for number, (name, color) in enumerate(entries):
         y = TOP + 20 + 22 * number
@@ -229,4 +263,5 @@ def _legend(canvas: Picture, entries: Sequence[tuple[str, tuple[int, int, int]]]
 
 
 def _text(canvas: Picture, text: str, place: tuple[int, int], size: float) -> None:
+    """Draw text on the canvas, in place, with its lower left corner at (x, y)."""
     cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, INK, 1, cv2.LINE_AA)

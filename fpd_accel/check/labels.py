@@ -1,6 +1,6 @@
-"""Everything annotated in a set of shards as NumPy arrays, read column by column; no image is touched."""
+"""The annotations of a set of shards as NumPy arrays, read column by column; no image is decoded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,17 +13,18 @@ from fpd_accel.errors import DataError
 from fpd_accel.skeleton import Skeleton
 
 Severity = Literal["error", "warning", "information"]
+SYSTEMATIC = 0.05  # share of people above which a mistake is taken for one of the conversion, and so for an error
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a person should know of before training, and whom it concerns."""
+    """A problem or peculiarity of a dataset that a user should know before training."""
 
     severity: Severity
-    check: str  # which check found it: a name that stays the same
+    check: str  # stable name of the check
     message: str  # what is wrong, how often, and what to do
-    count: int = 0  # of people, images or joints, whatever the message counts
-    people: tuple[int, ...] = ()  # ids of the annotations concerned
+    count: int = 0  # number of people, images or joints, whichever the message counts
+    people: tuple[int, ...] = ()  # annotation ids of the people concerned
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,61 +36,65 @@ class Labels:
     image_ids: Int[np.ndarray, " person"]
     image_rows: Int[np.ndarray, " person"]
     boxes: Float[np.ndarray, "person 4"]  # x, y, width, height
-    keypoints: Float[np.ndarray, "person joint 2"]
-    visibility: Float[np.ndarray, "person joint"]  # 0 unlabelled, 1 hidden, 2 seen, and whatever else is there
-    areas: Float[np.ndarray, " person"]
+    keypoints: Float[np.ndarray, "person joint 2"]  # x, y
+    visibility: Float[np.ndarray, "person joint"]  # 0 unlabelled, 1 hidden, 2 seen; unchecked, so other values occur
+    areas: Float[np.ndarray, " person"]  # square pixels
     crowd: Bool[np.ndarray, " person"]
-    unused: Shaped[np.ndarray, " person"]  # why a person is never cropped; empty for the usable
+    exclude_reason: Shaped[np.ndarray, " person"]  # why a person is never cropped; empty for usable people
     widths: Int[np.ndarray, " person"]  # of the person's image
-    heights: Int[np.ndarray, " person"]
-    listed_images: Int[np.ndarray, " image"]  # id of each row of the images
+    heights: Int[np.ndarray, " person"]  # of the person's image
+    listed_images: Int[np.ndarray, " image"]  # image id of each row of the images
 
     @cached_property
     def usable(self) -> Bool[np.ndarray, " person"]:
-        return self.unused == ""
+        """People who are cropped in training and evaluation."""
+        return self.exclude_reason == ""
 
     @cached_property
     def labelled(self) -> Bool[np.ndarray, "person joint"]:
-        """Keypoints that training and evaluation look at: those of usable people, seen or hidden."""
+        """Keypoints that training and evaluation use: those of usable people, seen or hidden."""
         return (self.visibility > 0) & self.usable[:, None]
 
     @cached_property
     def longer_side(self) -> Float[np.ndarray, " person"]:
-        """Of the box, at least one pixel: what lengths are compared with."""
+        """Longer side of each box, at least one pixel: the unit of lengths."""
         return np.maximum(self.boxes[:, 2:].max(axis=1), 1.0)
 
     def finding(
         self,
-        severity: Severity,
+        severity: Severity | None,
         check: str,
         chosen: Bool[np.ndarray, " person"],
-        message: Callable[[str], str],
+        message: str,
         *,
         among: Bool[np.ndarray, " person"] | None = None,
     ) -> list[Finding]:
-        """A finding about the people chosen, none if there is nobody; ``message`` is given "3 of 98 people".
+        """Return a finding about the chosen people, as a list: empty if none is chosen.
 
-        ``among`` are those who could have been chosen, by default the usable.
+        Args:
+            severity: None: a warning for a few people, whom annotators got wrong, and an error if the share is above
+                `SYSTEMATIC`, which points to the conversion.
+            check: Stable name of the check.
+            chosen: The people concerned.
+            message: Text in which `{share}` stands for words such as "3 of 98 people".
+            among: The people who could have been chosen; None: the usable people.
         """
-        count = int(chosen.sum())
+        count, total = int(chosen.sum()), int((self.usable if among is None else among).sum())
         if not count:
             return []
-        share = f"{count} of {_people(int((self.usable if among is None else among).sum()))}"
-        return [Finding(severity, check, message(share), count, tuple(self.ids[chosen].tolist()))]
-
-
-def _people(count: int) -> str:
-    return "1 person" if count == 1 else f"{count} people"
+        severity = severity or ("error" if count > SYSTEMATIC * max(total, 1) else "warning")
+        text = message.replace("{share}", f"{count} of {total} {'person' if total == 1 else 'people'}")
+        return [Finding(severity, check, text, count, tuple(self.ids[chosen].tolist()))]
 
 
 def read_labels(shards: Shards) -> Labels:
-    """The columns of the people and the sizes of their images.
+    """Read the annotations of all people and the sizes of their images.
 
     Raises:
-        DataError: nobody is annotated, or a column does not have the shape that the skeleton and the format ask for.
+        DataError: There are no annotations, or a column does not have the shape that skeleton and format require.
     """
     if not len(shards.people):
-        raise DataError(f"{shards.path}: images alone: nobody is annotated, so there are no labels to check")
+        raise DataError(f"{shards.path}: images without annotated people: there are no labels to check")
     people, images = shards.people.data, shards.images.data
     joints = shards.skeleton.num_keypoints
     triples = _rows(shards, people.column("keypoints").chunks, 3 * joints, name="keypoints").reshape(-1, joints, 3)
@@ -97,7 +102,7 @@ def read_labels(shards: Shards) -> Labels:
     outside = (image_rows < 0) | (image_rows >= len(shards.images))
     if outside.any():
         raise DataError(
-            f"{shards.path}: {int(outside.sum())} people point to images that are not there; prepare the dataset again"
+            f"{shards.path}: {int(outside.sum())} people refer to images that do not exist; prepare the dataset again"
         )
     return Labels(
         skeleton=shards.skeleton,
@@ -109,7 +114,7 @@ def read_labels(shards: Shards) -> Labels:
         visibility=triples[..., 2],
         areas=_column(people, "area").astype(np.float64),
         crowd=_column(people, "crowd"),
-        unused=_column(people, "unused").astype(str),
+        exclude_reason=_column(people, "exclude_reason").astype(str),
         widths=_column(images, "width")[image_rows],
         heights=_column(images, "height")[image_rows],
         listed_images=_column(images, "id"),
@@ -121,9 +126,11 @@ def _column(table: Any, name: str) -> np.ndarray:
 
 
 def _rows(shards: Shards, chunks: Iterable[Any], length: int, *, name: str) -> np.ndarray:
-    """A column of lists of one length, as an array (row, length)."""
+    """Return a column of lists of equal length as an array (row, length)."""
     chunks = list(chunks)
     flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
     if len(flat) != length * sum(map(len, chunks)):
-        raise DataError(f"{shards.path}: column {name!r} does not hold {length} numbers a person; prepare it again")
+        raise DataError(
+            f"{shards.path}: column {name!r} does not hold {length} numbers per person; prepare the dataset again"
+        )
     return flat.reshape(-1, length)

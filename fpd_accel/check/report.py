@@ -1,4 +1,4 @@
-"""All that is to be known of a dataset before training, in one record: for the console, for JSON and for programs."""
+"""The report on a dataset before training, for the console, for JSON and for programs."""
 
 import json
 import math
@@ -10,48 +10,41 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from fpd_accel.check.anatomy import Limb, check_limbs, check_sides, check_skeleton, measure_limbs
+from fpd_accel.check.label_rules import check_boxes, check_images, check_keypoints, check_repeated, check_skipped
 from fpd_accel.check.labels import Finding, Labels, Severity, read_labels
-from fpd_accel.check.people import check_boxes, check_images, check_keypoints, check_repeated, check_skipped
-from fpd_accel.check.proof import Proof, check_proof, prove
-from fpd_accel.check.statistics import (
-    LEVEL_NAMES,
-    LEVELS,
-    count_all,
-    crowding,
-    quantiles,
-    sizes,
-    visibility,
-)
+from fpd_accel.check.oracle import OracleScore, check_oracle, score_labels
+from fpd_accel.check.skeleton_rules import Limb, check_limbs, check_sides, check_skeleton, measure_limbs
+from fpd_accel.check.statistics import LEVEL_NAMES, LEVELS, count_all, images_by_people, quantiles, sizes, visibility
+from fpd_accel.console import stdout
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
 from fpd_accel.files import write_whole
-from fpd_accel.log import results
 from fpd_accel.skeleton import Skeleton
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "information")
 NOUNS = ("error", "warning", "note")
 COLORS = {"error": "red", "warning": "yellow", "information": "cyan"}
-SHOWN_IDS = 8  # annotation ids that the console shows of a finding; JSON has all
+SHOWN_IDS = 8  # annotation ids per finding on the console; JSON has all
 
 
 @dataclass(frozen=True)
 class Report:
-    """Statistics and findings of a set of shards; see ``statistics.py`` for the numbers."""
+    """Statistics and findings of a set of shards; `statistics.py` describes the numbers."""
 
     path: str
     fingerprint: str
     skeleton: Skeleton
     counts: dict[str, Any]
-    crowding: dict[str, int]
+    images_by_people: dict[str, int]
     sizes: dict[str, int]
     quantiles: dict[str, list[float]]
     joints: list[dict[str, Any]]
     limbs: list[Limb]
-    proof: Proof
+    oracle: OracleScore
     findings: tuple[Finding, ...]  # errors first
 
     def of(self, severity: Severity) -> list[Finding]:
+        """Return the findings of one severity."""
         return [finding for finding in self.findings if finding.severity == severity]
 
     def raise_errors(self) -> None:
@@ -62,33 +55,36 @@ class Report:
             raise DataError("\n".join([f"{self.path}: {number} to correct", *(f"  {e.message}" for e in errors)]))
 
     def as_json(self) -> dict[str, Any]:
-        """The report as values that JSON knows; what is undefined is null."""
-        values = {
+        """Return the report as values for JSON; undefined numbers are null."""
+        values: dict[str, Any] = {
             "data": self.path,
             "sha256": self.fingerprint,
             "skeleton": self.skeleton.model_dump(mode="json"),
             "counts": self.counts,
-            "images_by_people": self.crowding,
+            "images_by_people": self.images_by_people,
             "people_by_size": self.sizes,
             "quantile_levels": list(LEVELS),
             "quantiles": self.quantiles,
             "joints": self.joints,
             "limbs": [asdict(limb) for limb in self.limbs],
-            "ground_truth_as_prediction": {**asdict(self.proof), "holds": self.proof.holds},
+            "ground_truth_as_prediction": {**asdict(self.oracle), "holds": self.oracle.holds},
             "findings": [asdict(finding) for finding in self.findings],
         }
-        defined: dict[str, Any] = _without_nan(values)
-        return defined
+        return {name: _without_nan(value) for name, value in values.items()}
 
 
 def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
-    """Look at everything annotated, without decoding an image.
+    """Check the skeleton and all annotations of a set of shards, without decoding an image.
+
+    Args:
+        shards: The shards.
+        labels: Their annotations, if they have been read already.
 
     Raises:
-        DataError: the shards are damaged.
+        DataError: The shards are damaged.
     """
     labels = labels or read_labels(shards)
-    limbs, proof = measure_limbs(labels), prove(shards, labels)
+    limbs, oracle = measure_limbs(labels), score_labels(shards, labels)
     findings = [
         *check_skipped(shards),
         *check_skeleton(shards.skeleton),
@@ -98,28 +94,28 @@ def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
         *check_keypoints(labels),
         *check_limbs(limbs),
         *check_sides(labels),
-        *check_proof(proof),
+        *check_oracle(oracle),
     ]
     return Report(
         path=str(shards.path),
         fingerprint=shards.fingerprint,
         skeleton=shards.skeleton,
         counts=count_all(shards, labels),
-        crowding=crowding(labels),
+        images_by_people=images_by_people(labels),
         sizes=sizes(labels),
         quantiles=quantiles(labels),
         joints=visibility(labels),
         limbs=limbs,
-        proof=proof,
+        oracle=oracle,
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
     )
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Write the report, whole or not at all.
+    """Write the report as JSON, whole or not at all.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: The file cannot be written.
     """
     write_whole(path, json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
 
@@ -127,39 +123,42 @@ def write_json(report: Report, path: Path) -> None:
 def show_report(report: Report) -> None:
     """Print the report to stdout: numbers first, findings last."""
     counts, skeleton = report.counts, report.skeleton
-    results.print(f"[bold]{escape(report.path)}[/bold]: skeleton {escape(skeleton.name)}{skeleton.sigma_note}")
-    results.print(
+    stdout.print(f"[bold]{escape(report.path)}[/bold]: skeleton {escape(skeleton.name)}{skeleton.sigma_note}")
+    stdout.print(
         f"{counts['images']} images, {counts['people']} annotated people, {counts['usable']} of them usable; not "
         f"usable: {_listed(counts['unusable'])}; skipped by prepare: {_listed(counts['skipped'])}",
         soft_wrap=True,
     )
-    results.print(
-        f"images by usable people: {_listed(report.crowding)}; people by COCO's size: {_listed(report.sizes)}",
+    stdout.print(
+        f"images by usable people: {_listed(report.images_by_people)}; people by COCO's size: {_listed(report.sizes)}",
         soft_wrap=True,
     )
-    results.print(_quantile_table(report), _joint_table(report))
+    stdout.print(_quantile_table(report), _joint_table(report))
     if report.limbs:
-        results.print(_limb_table(report))
-    proof = report.proof
-    results.print(
-        f"Ground truth as prediction: AP {proof.average_precision:.4f}, AR {proof.average_recall:.4f} on "
-        f"{proof.evaluated} of {proof.people} people"
-        + (" (nobody else can be confused with another)" if proof.evaluated < proof.people else ""),
-        soft_wrap=True,
-    )
-    for lost in proof.lost[:SHOWN_IDS]:
-        results.print(f"  annotation {lost.person} of image {lost.image}: {escape(lost.reason)}", soft_wrap=True)
-    if len(proof.lost) > SHOWN_IDS:
-        results.print(f"  and {len(proof.lost) - SHOWN_IDS} more")
-    results.print()
+        stdout.print(_limb_table(report))
+    _show_oracle(report.oracle)
     for finding in report.findings:
         color = COLORS[finding.severity]
-        results.print(
+        stdout.print(
             f"[{color}]{finding.severity}[/{color}] {finding.check}: {escape(finding.message)}{_ids(finding.people)}",
             soft_wrap=True,
         )
     numbers = ((len(report.of(severity)), name) for severity, name in zip(SEVERITIES, NOUNS, strict=True))
-    results.print(", ".join(f"{number} {name}{'s' * (number != 1)}" for number, name in numbers))
+    stdout.print(", ".join(f"{number} {name}{'s' * (number != 1)}" for number, name in numbers))
+
+
+def _show_oracle(oracle: OracleScore) -> None:
+    stdout.print(
+        f"Labels as predictions: AP {oracle.average_precision:.4f}, AR {oracle.average_recall:.4f} on "
+        f"{oracle.evaluated} of {oracle.people} people"
+        + (" (the others cannot be confused)" if oracle.evaluated < oracle.people else ""),
+        soft_wrap=True,
+    )
+    for lost in oracle.lost[:SHOWN_IDS]:
+        stdout.print(f"  annotation {lost.person} of image {lost.image}: {escape(lost.reason)}", soft_wrap=True)
+    if len(oracle.lost) > SHOWN_IDS:
+        stdout.print(f"  and {len(oracle.lost) - SHOWN_IDS} more")
+    stdout.print()
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -197,8 +196,8 @@ def _joint_table(report: Report) -> Table:
 
 
 def _limb_table(report: Report) -> Table:
-    title = "Limbs, in shares of the longer side of the box"
-    table = _table(title, "limb", "people", "median", "25 %", "75 %", "shorter with sides exchanged")
+    title = "Limbs: length as a share of the longer side of the box"
+    table = _table(title, "limb", "people", "median", "25 %", "75 %", "shorter with exchanged sides")
     for limb in report.limbs:
         lengths = (_number(value, ".3f") for value in (limb.median, limb.lower, limb.upper))
         name = escape(" - ".join(limb.ends))

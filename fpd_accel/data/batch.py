@@ -1,4 +1,4 @@
-"""What the loader hands to the device: uint8 crops and the numbers that belong to them."""
+"""Batches as the loader hands them to the device: uint8 crops with their keypoints, and their normalization."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,32 +13,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B people. Targets and normalised images are made from it on the device."""
+    """Crops of B people; targets and normalised images are computed from them on the device."""
 
     crops: UInt8[Tensor, "batch height width 3"]  # RGB
-    keypoints: Float[Tensor, "batch joint 2"]  # (x, y) in crop pixels; anything where not visible
-    visible: Float[Tensor, "batch joint"]  # 1 where labelled, hidden or not
-    centers: Float[Tensor, "batch 2"]  # of the crop's region, image pixels
-    sizes: Float[Tensor, "batch 2"]  # (width, height) of the region, image pixels
-    rows: Int64[Tensor, " batch"]  # of the people in their shards; of a mixture, in those that each is from
-    labelled: Float[Tensor, " batch"] | None = None  # 1 or 0 where people without labels are mixed in; None: all are
-    lessons: Shaped[Tensor, "batch stage joint heatmap_height heatmap_width"] | None = (
-        None  # as the teacher's cache has
-    )
-    scales: Float32[Tensor, "batch stage joint 2"] | None = None  # what belongs to them in uint8 (see lessons.py)
+    keypoints: Float[Tensor, "batch joint 2"]  # (x, y) in crop pixels; undefined where not visible
+    visible: Float[Tensor, "batch joint"]  # 1 where labelled (hidden or not), else 0
+    centers: Float[Tensor, "batch 2"]  # (x, y) of the cropped regions, image pixels
+    sizes: Float[Tensor, "batch 2"]  # (width, height) of the cropped regions, image pixels
+    rows: Int64[Tensor, " batch"]  # row of each person in the shards that it is from
+    labelled: Float[Tensor, " batch"] | None = None  # 1 labelled, 0 unlabelled; None: all are labelled
+    # Heatmaps as the teacher cache stores them, and in uint8 their scales (see teacher_targets.py); None: no cache.
+    teacher_targets: Shaped[Tensor, "batch stage joint heatmap_height heatmap_width"] | None = None
+    scales: Float32[Tensor, "batch stage joint 2"] | None = None
 
     def __len__(self) -> int:
         return self.crops.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device; the copy overlaps with what follows if the batch is pinned."""
+        """Return the batch on a device; the copy is asynchronous if the batch is in pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory."""
         return self._map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory from other uses until what this stream was given so far is done."""
+        """Keep the memory from being reused before the work queued on `stream` so far is done."""
         for tensor in self._tensors().values():
             tensor.record_stream(stream)
 
@@ -52,14 +52,14 @@ class Batch:
 
 
 class DeviceCopy:
-    """Brings batches to a device. To a GPU on a stream of their own: the copy runs beside the step before."""
+    """Asynchronous copies of batches to a device; on a GPU in a CUDA stream of their own, beside the previous step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch; whoever computes on the current stream need not wait for it."""
+        """Return the batch on the device, ready for use on the current stream."""
         if self._stream is None:
             return batch.to(self.device)
         with torch.cuda.stream(self._stream):
@@ -72,13 +72,14 @@ class DeviceCopy:
 
 @dataclass(frozen=True)
 class Normalization:
-    """How a network wants its pixels: scaled to 0..1, minus ``mean``, over ``std``, in this channel order."""
+    """The pixel format of a network: scaled to 0..1, minus `mean`, divided by `std`, in the channel order `color`."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet, RGB
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     color: Literal["rgb", "bgr"] = "rgb"
 
     def __call__(self, crops: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+        """Return the normalised images of uint8 crops."""
         images = crops.permute(0, 3, 1, 2)
         if self.color == "bgr":
             images = images.flip(1)
@@ -88,6 +89,6 @@ class Normalization:
 
 @cache
 def _per_channel(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    """Once per device: copying numbers to a GPU waits for all that it has been given to do."""
-    with torch.inference_mode(False):  # a tensor made for a teacher has to serve its student too
+    """Return the values times 255 as a tensor, cached per device: a copy to a GPU waits for all work queued there."""
+    with torch.inference_mode(False):  # the tensor may be created for a teacher and serve its student too
         return torch.tensor(values, device=device).mul(255).view(3, 1, 1)

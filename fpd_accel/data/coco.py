@@ -1,12 +1,11 @@
-"""COCO keypoint annotations and a folder of images -> shards.
+"""Preparation of shards from COCO keypoint annotations and a folder of images.
 
-What cannot be right is *refused*, with nothing written: an annotation file that is not one, a keypoint count or names
-that differ from the skeleton's, an image id that appears twice, an annotation without box, numbers that are not
-finite, an image folder in which nothing is found. What datasets in the wild contain is *skipped and counted* (see
-``SKIPPED``): the run that follows meets only images that decode and people that can be cropped.
+Errors in the annotations are *refused*, with nothing written: a file in another format, keypoints that differ from the
+skeleton's in number or name, an image id that appears twice, an annotation without a box, numbers that are not finite,
+or an image folder without any of the images. Defects that real datasets contain are *skipped and counted* (see
+`COCO_SKIPPED`), so that the shards hold only images that decode and people that can be cropped.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -16,23 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from fpd_accel.data.images import read_image
-from fpd_accel.data.numbers import is_usable
-from fpd_accel.data.shards import Shards, ShardWriter
+from fpd_accel.console import track
+from fpd_accel.data.images import read_listed_images
+from fpd_accel.data.shard_writer import ShardWriter
+from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
+from fpd_accel.files import sha256
 from fpd_accel.geometry import clip_box
-from fpd_accel.log import track
 from fpd_accel.skeleton import COCO, Skeleton
 
 Record = dict[str, Any]
-
-SKIPPED = {
+MAX_VALUE = 1e30  # of annotated numbers; regions computed from them, with padding and scale, stay finite in float32
+COCO_SKIPPED = {
     "image_missing": "images listed that are not in the folder",
     "image_corrupt": "images that do not decode",
-    "image_size": "images whose size is not the one listed",
+    "image_size": "images whose size differs from the one listed",
     "image_empty": "images without an annotated person",
-    "person_of_skipped_image": "people in the images left out above",
-    "duplicate_id": "annotations whose id came before",
+    "person_of_skipped_image": "people in the skipped images",
+    "duplicate_id": "annotations with the id of an earlier one",
     "unknown_category": "annotations of a category that is not listed",
     "unknown_image": "annotations of an image that is not listed",
 }
@@ -49,63 +49,69 @@ def prepare_coco(
 ) -> Shards:
     """Write shards of the people annotated in a COCO keypoint JSON, and open them.
 
-    ``category`` names the category to use; it is needed only where several have keypoints. Crowd regions, people
-    without keypoints and people without area stay in the shards, marked unusable: the evaluation protocol needs them,
-    training and inference never see them. Every image is decoded once to prove that it can be.
+    Crowd regions, people without keypoints and people without area stay in the shards with an `exclude_reason`: the
+    evaluation protocol needs them, training and inference never see them. Every image is decoded once to verify it.
 
-    ``keep_empty_images`` keeps images without an annotated person too, and takes a file that has images alone. A
-    detector's boxes need them: in evaluation, where what is detected there counts as false alarms in COCO's protocol,
-    and as people to learn from without labels.
+    Args:
+        images: Folder of the image files.
+        annotations: JSON file in COCO's keypoint format.
+        output: Folder to write.
+        skeleton: Skeleton of the annotations; keypoint names and order must match.
+        category: Name of the category to use; needed only if several have keypoints.
+        keep_empty_images: Keep images without an annotated person too, and accept a file without annotations. A
+            detector's boxes need these images: in evaluation by COCO's protocol, where detections in them count as
+            false positives, and in training on people without labels.
 
     Raises:
-        DataError: the module's docstring says for what; or ``output`` exists.
+        DataError: The annotations are refused (see the module's docstring), or `output` exists.
     """
     images, annotations = Path(images), Path(annotations)
     if not images.is_dir():
         raise DataError(f"{images}: no such image folder")
-    dataset = _read(annotations, images_alone=keep_empty_images)
+    dataset = _read(annotations, allow_unannotated=keep_empty_images)
     category_id = _category(annotations, dataset, skeleton, category) if dataset["annotations"] else None
     skipped: Counter[str] = Counter()
     people = _people(annotations, dataset, category_id, skeleton, skipped)
-    with ShardWriter(Path(output), skeleton, images_alone=keep_empty_images) as writer:
+    with ShardWriter(Path(output), skeleton, allow_no_people=keep_empty_images) as writer:
         listed = [image for image in dataset["images"] if keep_empty_images or people[image["id"]]]
         skipped["image_empty"] = len(dataset["images"]) - len(listed)
-        writer.write_images(_images(images, annotations, listed, people, skipped))
+        reading = track(listed, f"reading images of {annotations.name}")
+        writer.write_images(read_listed_images(images, reading, people, skipped))
         writer.write_people(_rows(writer.image_rows, people, skeleton))
         if not writer.image_rows:
             first = images / str(dataset["images"][0]["file_name"]) if dataset["images"] else images
             raise DataError(f"{images}: no image of {annotations} can be used; looked first for {first}")
         writer.finish(
-            source={"annotations": annotations.name, "sha256": hashlib.sha256(annotations.read_bytes()).hexdigest()},
-            skipped={key: skipped[key] for key in SKIPPED if skipped[key]},
+            source={"annotations": annotations.name, "sha256": sha256(annotations)},
+            skipped={key: skipped[key] for key in COCO_SKIPPED if skipped[key]},
         )
     return Shards(output)
 
 
-def read_annotations(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, *, missing: str = "no such annotation file") -> Any:
+    """Return the content of a JSON file.
 
     Raises:
-        DataError: there is no such file, or it is not JSON.
+        DataError: The file does not exist, for which the message is `missing`, or is not JSON.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such annotation file")
+        raise DataError(f"{path}: {missing}")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON: {error}") from None
 
 
-def _read(path: Path, *, images_alone: bool) -> Record:
-    dataset = read_annotations(path)
-    if images_alone and isinstance(dataset, dict):  # as COCO's image_info_unlabeled2017.json
+def _read(path: Path, *, allow_unannotated: bool) -> Record:
+    dataset = read_json(path)
+    if allow_unannotated and isinstance(dataset, dict):  # such as COCO's image_info_unlabeled2017.json
         dataset = {"annotations": [], "categories": []} | dataset
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DataError(f"{path}: not a COCO annotation file: it has no list {key!r}")
         for entry in dataset[key]:
             if not isinstance(entry, dict):
-                raise DataError(f"{path}: not a COCO annotation file: {key} holds {entry!r}, which is no object")
+                raise DataError(f"{path}: not a COCO annotation file: {key} holds {entry!r}, which is not an object")
     for key, field, kind in (
         ("images", "id", int),
         ("images", "file_name", str),
@@ -134,16 +140,16 @@ def _category(path: Path, dataset: Record, skeleton: Skeleton, wanted: str | Non
         raise DataError(f"{path}: {problem}; categories here: {names}; name one with --category")
     names = candidates[0].get("keypoints", list(skeleton.keypoints))
     if not isinstance(names, list):
-        raise DataError(f"{path}: category {candidates[0].get('name')!r}: 'keypoints' is no list of names")
+        raise DataError(f"{path}: category {candidates[0].get('name')!r}: 'keypoints' is not a list of names")
     if len(names) != skeleton.num_keypoints:
         raise DataError(
             f"{path}: {len(names)} keypoints, but skeleton {skeleton.name!r} has {skeleton.num_keypoints}; "
             f"give a matching skeleton YAML with --skeleton"
         )
-    for mine, theirs in zip(skeleton.keypoints, names, strict=True):
-        if mine != theirs:
+    for expected, found in zip(skeleton.keypoints, names, strict=True):
+        if expected != found:
             raise DataError(
-                f"{path}: keypoint {theirs!r} stands where skeleton {skeleton.name!r} has {mine!r}; "
+                f"{path}: keypoint {found!r} stands where skeleton {skeleton.name!r} has {expected!r}; "
                 f"the names and their order have to be the same"
             )
     return int(candidates[0]["id"])
@@ -152,7 +158,7 @@ def _category(path: Path, dataset: Record, skeleton: Skeleton, wanted: str | Non
 def _people(
     path: Path, dataset: Record, category: int | None, skeleton: Skeleton, skipped: Counter[str]
 ) -> dict[int, list[Record]]:
-    """Image id -> its annotations of the category, each checked."""
+    """Return the checked annotations of the category by image id."""
     listed = {c.get("id") for c in dataset["categories"]}
     people: dict[int, list[Record]] = {image["id"]: [] for image in dataset["images"]}
     seen: set[int] = set()
@@ -185,7 +191,7 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
                 f"{skeleton.num_keypoints} keypoints of 3"
             )
         if not all(map(is_usable, values)):
-            raise DataError(f"{name}: {field!r} holds something that is not a finite number of at most 1e30")
+            raise DataError(f"{name}: {field!r} has a value that is not a finite number of at most 1e30")
     for field in ("area", "score"):
         value = annotation.get(field, 0)
         if not is_usable(value):
@@ -194,32 +200,10 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
         raise DataError(f"{name}: has no integer 'id'")
 
 
-def _images(
-    folder: Path, annotations: Path, listed: list[Record], people: dict[int, list[Record]], skipped: Counter[str]
-) -> Iterator[Record]:
-    """Images read and proven to decode, in the order of the file."""
-    for image in track(listed, f"reading images of {annotations.name}"):
-        problem, data = _load_image(folder / image["file_name"], image)
-        if problem:
-            skipped[problem] += 1
-            skipped["person_of_skipped_image"] += len(people[image["id"]])
-            continue
-        yield {**{key: image[key] for key in ("id", "file_name", "width", "height")}, "bytes": data}
-
-
-def _load_image(path: Path, image: Record) -> tuple[str | None, bytes]:
-    problem, data, size = read_image(path)
-    if problem is None and size != (image["height"], image["width"]):
-        return "image_size", b""
-    return problem, data
-
-
 def _rows(
-    image_rows: dict[int, tuple[int, int, int]],
-    people: dict[int, list[Record]],
-    skeleton: Skeleton,
+    image_rows: dict[int, tuple[int, int, int]], people: dict[int, list[Record]], skeleton: Skeleton
 ) -> Iterator[Record]:
-    """One flat row per person of the images written."""
+    """Yield one flat row for each person in the written images."""
     for image_id, (row, width, height) in image_rows.items():
         for annotation in people[image_id]:
             keypoints = np.asarray(annotation["keypoints"], dtype=np.float32).reshape(skeleton.num_keypoints, 3)
@@ -242,5 +226,10 @@ def _rows(
                 "area": float(annotation.get("area", box[2] * box[3])),
                 "crowd": crowd,
                 "score": float(annotation.get("score", 1.0)),
-                "unused": reason,
+                "exclude_reason": reason,
             }
+
+
+def is_usable(value: Any) -> bool:
+    """Return whether a value of a JSON file is a finite number of at most `MAX_VALUE`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_VALUE

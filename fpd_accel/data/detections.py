@@ -1,12 +1,10 @@
 """A detector's boxes, in COCO's result format, in place of the annotated people of prepared shards.
 
-The file is a list of ``{"image_id": 785, "category_id": 1, "bbox": [x, y, width, height], "score": 0.97}``, pixels, as
-``fpd-accel detect`` and most detectors write it. What cannot be right is refused; what such files contain beside usable
-boxes is skipped and counted (see ``SKIPPED``), the way the published loader passes over it.
+The file is a list of `{"image_id": 785, "category_id": 1, "bbox": [x, y, width, height], "score": 0.97}`, in pixels, as
+`fpd-accel detect` and most detectors write it. Errors are refused; boxes that cannot be used are skipped and counted
+(see `BOX_SKIPPED`), as in the published loader.
 """
 
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,13 +15,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from fpd_accel.data.numbers import is_usable
+from fpd_accel.config.schema import Evaluate
+from fpd_accel.console import say, warn
+from fpd_accel.data.coco import is_usable, read_json
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
+from fpd_accel.files import sha256
 from fpd_accel.geometry import Side
 
-PERSON = 1  # COCO's number of the category
-SKIPPED = {
+PERSON = 1  # COCO's id of the category
+BOX_SKIPPED = {
     "other_category": f"boxes of another category than {PERSON} (person)",
     "no_area": "boxes without width or height",
     "low_score": "boxes whose score is below the threshold",
@@ -32,25 +33,20 @@ SKIPPED = {
 
 
 def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of a detection file, each checked: ``image_id``, ``category_id``, ``bbox``, ``score``, all finite.
+    """Return the checked entries of a detection file, each with `image_id`, `category_id`, `bbox` and `score`.
 
     Raises:
-        DataError: there is no such file, it is not a JSON list of detections, or it is empty.
+        DataError: The file does not exist, is not a JSON list of detections, or is empty.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of boxes; `fpd-accel detect` writes one")
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON: {error}") from None
+    entries = read_json(path, missing="no such file of boxes; `fpd-accel detect` writes one")
     if not isinstance(entries, list):
         raise DataError(
             f"{path}: not a list of boxes in COCO's result format, "
             '[{"image_id": 785, "category_id": 1, "bbox": [x, y, width, height], "score": 0.97}, ...]'
         )
     if not entries:
-        raise DataError(f"{path}: an empty list: there is no box in it")
+        raise DataError(f"{path}: an empty list; it has no boxes")
     for number, entry in enumerate(entries):
         problem = _problem(entry)
         if problem:
@@ -59,9 +55,9 @@ def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _problem(entry: Any) -> str | None:
-    """What is wrong with one entry of a detection file."""
+    """Return the problem with an entry of a detection file, or None."""
     if not isinstance(entry, dict):
-        return f"{entry!r} is no object with image_id, category_id, bbox and score"
+        return f"{entry!r} is not an object with image_id, category_id, bbox and score"
     missing = [name for name in ("image_id", "category_id", "bbox", "score") if name not in entry]
     if missing:
         return f"{', '.join(missing)} missing"
@@ -73,14 +69,14 @@ def _problem(entry: Any) -> str | None:
     if not is_usable(entry["score"]):
         return f"score is {entry['score']!r}, not a finite number"
     if not isinstance(entry.get("file_name", ""), str):
-        return f"file_name is {entry['file_name']!r}, not a name"
+        return f"file_name is {entry['file_name']!r}, not a string"
     return None
 
 
-class People:
-    """The columns of ``people/`` that a detector knows, in memory, read by rows as those of an Arrow dataset are.
+class DetectedPeople:
+    """The columns of `people/` that a detector provides, in memory, indexed by rows like an Arrow dataset.
 
-    Nobody's keypoints are labelled; the area is that of the box.
+    All keypoints are unlabelled, and the area is that of the box.
     """
 
     def __init__(
@@ -107,7 +103,7 @@ class People:
 
     def __getitem__(self, rows: Any) -> dict[str, np.ndarray]:
         people = {name: column[rows] for name, column in self.columns.items()}
-        # Made when asked for: a hundred thousand boxes would carry them about for nothing.
+        # Created on access: stored for 100,000 boxes they would only take memory.
         people["keypoints"] = np.zeros((*people["id"].shape, 3 * self.num_keypoints), dtype=np.float32)
         return people
 
@@ -115,11 +111,16 @@ class People:
 class Detections(Shards):
     """Shards whose images are cropped around a detector's boxes; the annotated people stay the ground truth.
 
-    ``people`` are the boxes of ``file`` that can be used, in its order: of category 1, with an area, with a score of at
-    least ``threshold``, of an image in the shards. As in the published loader they are not cut to the image.
+    `people` are the usable boxes of `file` in its order: those of category 1, with an area, with a score of at least
+    `threshold`, and of an image in the shards. As in the published loader, they are not clipped to the image.
+
+    Args:
+        shards: The prepared images and their ground truth.
+        file: Detections in COCO's result format.
+        threshold: Lowest score of a box that is used.
 
     Raises:
-        DataError: the file cannot be read, no box of it can be used, or it names other images by the same ids.
+        DataError: The file cannot be read, has no usable box, or uses the same ids for other images.
     """
 
     def __init__(self, shards: Shards, file: str | os.PathLike[str], *, threshold: float = 0.0) -> None:
@@ -128,14 +129,14 @@ class Detections(Shards):
         entries = read_detections(self.file)
         skipped: Counter[str] = Counter()
         chosen = self._choose(entries, skipped)
-        self.skipped = {key: skipped[key] for key in SKIPPED if skipped[key]}  # reason -> boxes
+        self.skipped = {key: skipped[key] for key in BOX_SKIPPED if skipped[key]}  # reason -> boxes
         if not chosen:
-            reasons = ", ".join(f"{count} {SKIPPED[key]}" for key, count in self.skipped.items())
+            reasons = ", ".join(f"{count} {BOX_SKIPPED[key]}" for key, count in self.skipped.items())
             raise DataError(
                 f"{self.file}: none of its {len(entries)} boxes can be used with {self.path}: {reasons}; "
-                "are these the boxes of other images?"
+                "are they boxes of other images?"
             )
-        self._people = People(
+        self._people = DetectedPeople(
             image_id=np.array([entry["image_id"] for _, entry in chosen]),
             image_row=np.array([row for row, _ in chosen]),
             box=np.array([entry["bbox"] for _, entry in chosen], dtype=np.float64),
@@ -144,7 +145,7 @@ class Detections(Shards):
         )
 
     def _choose(self, entries: list[dict[str, Any]], skipped: Counter[str]) -> list[tuple[int, dict[str, Any]]]:
-        """Image row and entry of each box to use."""
+        """Return (image row, entry) of each usable box; count the others in `skipped`."""
         listed = self.images.with_format("numpy").select_columns(["id", "file_name"])[:]
         rows = {int(image): row for row, image in enumerate(listed["id"])}
         chosen = []
@@ -164,11 +165,11 @@ class Detections(Shards):
         return chosen
 
     def _check_name(self, number: int, entry: dict[str, Any], file_name: str) -> None:
-        """Numbers made up from the order of files would silently put boxes on other images."""
+        """Refuse ids that were numbered by the order of files: they would silently assign boxes to other images."""
         if Path(entry.get("file_name", file_name)).name != Path(file_name).name:
             raise DataError(
                 f"{self.file}: box {number} is of {entry['file_name']}, but image {entry['image_id']} of {self.path} "
-                f"is {file_name}; give `fpd-accel detect` the annotation file, --annotations, for the image ids"
+                f"is {file_name}; pass the annotation file to `fpd-accel detect --annotations` for its image ids"
             )
 
     def open(self) -> None:
@@ -182,31 +183,72 @@ class Detections(Shards):
 
     @cached_property
     def people(self) -> Any:
+        """The boxes, indexed by rows."""
         return self._people
 
     def columns(self, names: Iterable[str], rows: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return columns of all boxes or of the given rows."""
         found = self._people[slice(None) if rows is None else list(rows)]
         return {name: found[name] for name in names}
 
     @cached_property
     def usable(self) -> np.ndarray:
+        """The rows of `people`: all boxes are usable."""
         return np.arange(len(self._people))
 
     @cached_property
     def image_rows(self) -> np.ndarray:
+        """The row of each box's image."""
         return self._people.columns["image_row"]
 
     @cached_property
     def num_images(self) -> int:
-        """Images with a box."""
-        return len(np.unique(self._people.columns["image_row"]))
+        """The number of images with a box."""
+        return len(np.unique(self.image_rows))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of images and boxes."""
-        content = f"{super().fingerprint} {self.threshold} {hashlib.sha256(self.file.read_bytes()).hexdigest()}"
-        return hashlib.sha256(content.encode()).hexdigest()
+        """The SHA-256 of images and boxes."""
+        return sha256(f"{super().fingerprint} {self.threshold} {sha256(self.file)}")
 
     def box_to_crop(self, box: np.ndarray, *, width: Side, height: Side) -> np.ndarray:  # noqa: ARG002
-        """The box as the detector gave it."""
+        """Return the detector's box unchanged."""
         return box
+
+
+def open_detections(shards: Shards, file: str, *, threshold: float) -> Detections:
+    """Return the shards with a detector's boxes; print how many were used and skipped.
+
+    Raises:
+        DataError: The boxes cannot be used.
+    """
+    detections = Detections(shards, file, threshold=threshold)
+    say(
+        f"{file}: {len(detections)} boxes with a score of at least {threshold:g}, in "
+        f"{detections.num_images} of the {len(detections.images)} images of {shards.path}"
+    )
+    for reason, count in detections.skipped.items():
+        say(f"  skipped {count} {BOX_SKIPPED[reason]}")
+    return detections
+
+
+def with_boxes(shards: Shards, options: Evaluate) -> Shards:
+    """Return the shards with the detector's boxes of `options.boxes`, and print how many were used and skipped.
+
+    Shards are returned unchanged if `options.boxes` is None or they already have a detector's boxes.
+
+    Raises:
+        DataError: The boxes cannot be used.
+    """
+    if options.boxes is None or isinstance(shards, Detections):
+        return shards
+    detections = open_detections(shards, options.boxes, threshold=options.box_threshold)
+    if unknown := detections.skipped.get("unknown_image"):
+        dropped = shards.description["skipped"].get("image_empty", 0)
+        warn(
+            f"{unknown} boxes are of images that are not in {shards.path}"
+            + (f" ({dropped} images without an annotated person were skipped when it was prepared)" if dropped else "")
+            + "; COCO's protocol counts detections there as false positives, so AP is too high: for the exact "
+            "protocol prepare the images with --keep-empty-images"
+        )
+    return detections

@@ -1,58 +1,63 @@
-"""Encoded images: as they lie in shards, and decoded, as far down as they are needed.
+"""Decoding of the encoded images in shards, down to the last row that a crop needs.
 
-Decoding JPEGs is most of a loader's work, and a JPEG is decoded from its first row on: what lies below a crop can be
-left out. libjpeg-turbo does so when it is told that the image is no higher (ITU-T T.81, B.2.2: the number of lines in
-the header of a frame), and the rows above stay what they are, bit for bit.
+Decoding JPEGs is most of a loader's work. A JPEG is decoded from its first row on, so the rows below a crop can be left
+out: libjpeg-turbo stops early if the frame header gives a smaller number of lines (ITU-T T.81, B.2.2). The rows above
+stay the same, bit for bit.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 import simplejpeg
 
-LARGEST = 2**30  # pixels of an image; OpenCV refuses larger ones
-BELOW = 16  # rows decoded beside those that are needed: colours are interpolated between rows
-START, END = b"\xff\xd8", b"\xff\xd9"  # of an image
-FILL, SCAN = b"\xff", b"\xff\xda"  # what each marker begins with; that of the data
-ALL_AT_ONCE = b"\x00\x3f\x00"  # at the end of a scan's header: all coefficients, in all bits
-SEQUENTIAL = (b"\xff\xc0", b"\xff\xc1")  # frames whose rows come one after the other: not so progressive ones
+MAX_PIXELS = 2**30  # of an image; OpenCV refuses larger ones
+MARGIN_ROWS = 16  # decoded below the rows needed: colours are interpolated between rows
+# JPEG markers: start and end of the image, the byte that begins each marker, and start of the scan (the pixel data).
+START, END, MARKER, SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff", b"\xff\xda"
+ALL_COEFFICIENTS = b"\x00\x3f\x00"  # end of a scan header: spectral selection 0 to 63, no successive approximation
+SEQUENTIAL_FRAMES = (b"\xff\xc0", b"\xff\xc1")  # frames decoded row after row; progressive ones are not
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it lies in the shards, encoded or as RGB pixels (height, width, 3), and its size in pixels."""
+    """An image as stored: encoded bytes or RGB pixels (height, width, 3), with its height and width in pixels."""
 
     data: np.ndarray | bytes
     height: int
     width: int
 
 
-class KeptPixels(Protocol):
+class PixelSource(Protocol):
     """Images that were decoded before, by their rows in the shards."""
 
     def get(self, row: int) -> np.ndarray | None:
-        """RGB pixels (height, width, 3); None of an image that is not kept."""
+        """Return RGB pixels (height, width, 3), or None if the image is not kept."""
         ...
 
 
 def decode_image(data: np.ndarray | bytes, *, rows: int | None = None) -> np.ndarray | None:
-    """RGB pixels (height, width, 3), the EXIF orientation ignored as COCO's annotations want; None if undecodable.
+    """Return RGB pixels (height, width, 3), or None if the data do not decode.
 
-    What is decoded already is given back. Where only the uppermost ``rows`` are needed, what is below them may be
-    missing; those that come are the same with and without.
+    The EXIF orientation is ignored, as COCO's annotations require. Pixels (height, width, 3) are returned as they are.
+
+    Args:
+        data: An encoded image, or pixels.
+        rows: Number of rows needed from the top; rows below them may be missing. None: all rows are needed.
     """
     if not len(data):
         return None
     if isinstance(data, np.ndarray) and data.ndim == 3:
         return data
     if bytes(data[:2]) == START:
-        with suppress(ValueError):  # damaged, or of a kind it does not read: OpenCV makes of it what it can
+        with suppress(ValueError):  # damaged, or a kind of JPEG that libjpeg-turbo does not read: OpenCV may still
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= LARGEST:
+            if height * width <= MAX_PIXELS:
                 return _decode_jpeg(data, rows)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     with suppress(cv2.error):  # too large
@@ -61,37 +66,59 @@ def decode_image(data: np.ndarray | bytes, *, rows: int | None = None) -> np.nda
 
 
 def _decode_jpeg(data: np.ndarray | bytes, rows: int | None) -> np.ndarray:
-    """Raises ValueError where libjpeg-turbo finds fault with it."""
-    shortened = None if rows is None else shorten_jpeg(data, rows + BELOW)
+    """Return the pixels of a JPEG; raise ValueError where libjpeg-turbo reports an error or a warning."""
+    shortened = None if rows is None else shorten_jpeg(data, rows + MARGIN_ROWS)
     if shortened is None:
         return simplejpeg.decode_jpeg(data, "RGB")
-    # Not strict: it would find fault with the data that are left over, and OpenCV would print a line about them.
+    # Not strict: the data left over would be an error, and OpenCV would print a warning about them.
     return simplejpeg.decode_jpeg(shortened, "RGB", strict=False)
 
 
 def shorten_jpeg(data: np.ndarray | bytes, rows: int) -> bytearray | None:
-    """The same JPEG, but its header says that it ends after ``rows`` rows.
+    """Return a copy of a JPEG whose header gives `rows` as its height.
 
-    None where it has no more than that, or cannot be shortened so: it is not whole, not sequential, or its colours do
-    not come together.
+    Return None if it has no more rows than that, or cannot be shortened: because it is incomplete, not sequential, or
+    its colour components are in separate scans.
     """
     jpeg = bytearray(data)
-    at, frame = len(START), 0  # of the segment, and of that of the frame
-    while (marker := jpeg[at : at + 2]) != SCAN and marker.startswith(FILL):
-        if marker in SEQUENTIAL:
+    at, frame = len(START), 0  # offsets of the current segment and of the frame header
+    while (marker := jpeg[at : at + 2]) != SCAN and marker.startswith(MARKER):
+        if marker in SEQUENTIAL_FRAMES:
             frame = at
-        at += 1 if marker == 2 * FILL else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        at += 1 if marker == 2 * MARKER else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     scan = jpeg[at : at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")]
     height, components = slice(frame + 5, frame + 7), slice(frame + 9, frame + 10)
-    in_one_scan = frame and scan[:2] == SCAN and scan[4:5] == jpeg[components] and scan.endswith(ALL_AT_ONCE)
+    in_one_scan = frame and scan[:2] == SCAN and scan[4:5] == jpeg[components] and scan.endswith(ALL_COEFFICIENTS)
     if not in_one_scan or jpeg[-len(END) :] != END or int.from_bytes(jpeg[height], "big") <= rows:
         return None
     jpeg[height] = rows.to_bytes(2, "big")
     return jpeg
 
 
-def read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
-    """The problem with an image file (a key of ``SKIPPED`` in ``coco.py``, or None), its bytes, its (height, width)."""
+def read_listed_images(
+    folder: Path, listed: Iterable[dict[str, Any]], people: Mapping[int, Sized], skipped: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the shard record of each image that can be used; decode each once to verify it.
+
+    Args:
+        folder: Folder of the image files.
+        listed: Images with `id`, `file_name` and, if the annotations state them, `height` and `width`.
+        people: Annotated people by image id.
+        skipped: Counter of the images and people left out, by their keys in `COCO_SKIPPED`.
+    """
+    for image in listed:
+        problem, data, (height, width) = _read_image(folder / image["file_name"])
+        if problem is None and (image.get("height", height), image.get("width", width)) != (height, width):
+            problem = "image_size"
+        if problem is None:
+            yield {"id": image["id"], "file_name": image["file_name"], "width": width, "height": height, "bytes": data}
+        else:
+            skipped[problem] += 1
+            skipped["person_of_skipped_image"] += len(people[image["id"]])
+
+
+def _read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
+    """Return the problem with an image file (a key of `COCO_SKIPPED`, or None), its bytes and its (height, width)."""
     try:
         data = path.read_bytes()
     except OSError:

@@ -1,6 +1,5 @@
-"""Several datasets trained on as one: which of them a labelled sample is from, as a pure function of its number."""
+"""Several datasets trained on as one: the dataset of each labelled sample is a pure function of its number."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,18 +8,23 @@ from typing import Any
 
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
+from fpd_accel.files import sha256
 from fpd_accel.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets of the same keypoints, in an order that counts, each with its part of the labelled samples.
+    """An ordered mixture of datasets with the same keypoints, each with a share of the labelled samples.
 
-    ``weights`` are relative; None: the people of each, so that everybody comes once in ``len(self)`` samples. What else
-    a skeleton says than keypoints and flip pairs is taken from the first.
+    All else of the skeleton, such as limbs and sigmas, is that of the first dataset.
+
+    Args:
+        datasets: The datasets; their order matters.
+        weights: Relative shares of the samples. None: the number of people of each dataset, so that every person comes
+            once in `len(self)` samples.
 
     Raises:
-        DataError: the keypoints, their order or their flip pairs differ.
+        DataError: The keypoints, their order or their flip pairs differ.
     """
 
     datasets: tuple[Shards, ...]
@@ -28,7 +32,7 @@ class Mixture:
 
     def __post_init__(self) -> None:
         for shards in self.datasets[1:]:
-            difference = _difference(self.skeleton, shards.skeleton)
+            difference = _skeleton_difference(self.skeleton, shards.skeleton)
             if difference is not None:
                 raise DataError(
                     f"{shards.path}: cannot be mixed with {self.datasets[0].path}: {difference}; prepare both with the "
@@ -36,46 +40,48 @@ class Mixture:
                 )
 
     def __len__(self) -> int:
-        """Labelled people, and so the labelled samples of an epoch."""
+        """Return the number of labelled people, which is the number of labelled samples in an epoch."""
         return sum(map(len, self.datasets))
 
     @property
     def skeleton(self) -> Skeleton:
+        """The skeleton of the first dataset."""
         return self.datasets[0].skeleton
 
     @property
     def path(self) -> str:
-        """Where all of them are, for messages."""
+        """The paths of all datasets, for messages."""
         return " + ".join(str(shards.path) for shards in self.datasets)
 
     def open(self) -> None:
-        """Map the files of all of them."""
+        """Map the files of all datasets."""
         for shards in self.datasets:
             shards.open()
 
     def changed(self) -> str | None:
-        """The first file that is no longer the one that was opened, if any."""
+        """Return a message if a file was replaced or removed since it was opened, else None."""
         return next(filter(None, (shards.changed() for shards in self.datasets)), None)
 
     @property
     def has_head_sizes(self) -> bool:
+        """Whether all datasets have head sizes, which PCKh needs."""
         return all(shards.has_head_sizes for shards in self.datasets)
 
     @cached_property
     def parts(self) -> tuple[int, ...]:
-        """The weights as the smallest integers: of the first ``sum(parts)`` samples each dataset has so many."""
+        """The weights as coprime integers: the samples of each dataset among the first `sum(parts)`."""
         weights = self.weights if self.weights is not None else tuple(map(len, self.datasets))
-        exact = [Fraction(str(weight)) for weight in weights]  # as it is written: 0.1 is a tenth, which no float is
+        exact = [Fraction(str(weight)) for weight in weights]  # as written: 0.1 is exactly a tenth, unlike the float
         scale = math.lcm(*(weight.denominator for weight in exact))
         whole = [int(weight * scale) for weight in exact]
         return tuple(weight // math.gcd(*whole) for weight in whole)
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The dataset that labelled sample ``sample`` is from, and its number among the samples of that dataset.
+        """Return the dataset of a labelled sample, and the sample's number within that dataset.
 
-        Dataset after dataset is split off from those that follow it: it has sample k of what is left if floor(share *
-        k) rises from k to k + 1. Integers, so that ``sum(parts)`` samples have exactly their parts; in any stretch a
-        dataset has its share to within as many samples as there are datasets.
+        The datasets are split off one after the other: of the remaining samples, a dataset gets sample k if floor(share
+        * k) rises from k to k + 1. Integer arithmetic makes the parts exact in every `sum(parts)` samples; in any range
+        of samples a dataset's share is exact to within as many samples as there are datasets.
         """
         left = sum(self.parts)
         for number, part in enumerate(self.parts[:-1]):
@@ -87,7 +93,7 @@ class Mixture:
 
     @property
     def identities(self) -> list[dict[str, Any]]:
-        """What has to stay for samples to be the same: of each dataset content and part; the path is for messages."""
+        """The content and the part of each dataset, on which the samples depend, and its path for messages."""
         return [
             {"path": str(shards.path), "sha256": shards.fingerprint, "part": part}
             for shards, part in zip(self.datasets, self.parts, strict=True)
@@ -95,14 +101,14 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 that two mixtures share if they give the same samples; of one dataset its own."""
+        """A SHA-256 that is equal for mixtures with the same samples; a single dataset's own fingerprint."""
         if len(self.datasets) == 1:
             return self.datasets[0].fingerprint
         content = " ".join(f"{identity['sha256']} x {identity['part']}" for identity in self.identities)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return sha256(content)
 
     def __str__(self) -> str:
-        """How many people there are, and of several datasets where they are from and what part they have."""
+        """Return the number of people and, for several datasets, the number and share of each."""
         if len(self.datasets) == 1:
             return str(len(self))
         parts = zip(self.datasets, self.parts, strict=True)
@@ -111,17 +117,17 @@ class Mixture:
 
 
 def as_mixture(people: Shards | Mixture) -> Mixture:
-    """One dataset is a mixture too."""
+    """Return the mixture itself, or a mixture of the one dataset."""
     return people if isinstance(people, Mixture) else Mixture((people,))
 
 
-def _difference(first: Skeleton, other: Skeleton) -> str | None:
-    """What keeps people of two skeletons from being labelled alike, in words."""
+def _skeleton_difference(first: Skeleton, other: Skeleton) -> str | None:
+    """Return how the keypoints of two skeletons differ, or None if they are interchangeable."""
     if first.num_keypoints != other.num_keypoints:
         return f"it has {other.num_keypoints} keypoints, not {first.num_keypoints}"
-    for number, (wanted, found) in enumerate(zip(first.keypoints, other.keypoints, strict=True), start=1):
-        if wanted != found:
-            return f"keypoint {number} of {first.num_keypoints} is {found!r}, not {wanted!r}"
+    for number, (expected, found) in enumerate(zip(first.keypoints, other.keypoints, strict=True), start=1):
+        if expected != found:
+            return f"keypoint {number} of {first.num_keypoints} is {found!r}, not {expected!r}"
     for name, ours, theirs in zip(first.keypoints, first.flip_index, other.flip_index, strict=True):
         if ours != theirs:
             return f"mirroring turns {name!r} into {first.keypoints[theirs]!r}, not {first.keypoints[ours]!r}"

@@ -1,7 +1,7 @@
-"""The two forms in which MPII's labels come -> people: the JSON of HRNet, and MPII's own MATLAB file.
+"""Readers of MPII's labels in their two forms: HRNet's JSON, and MPII's own MATLAB file.
 
-Coordinates stay as they are in the files, where pixels count from 1. MATLAB files are read by SciPy, which makes arrays
-of them and runs nothing.
+Coordinates stay as they are in the files, where pixels count from 1. MATLAB files are read by SciPy, which creates
+arrays and executes nothing.
 """
 
 import math
@@ -15,39 +15,39 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from fpd_accel.data.coco import read_annotations
-from fpd_accel.data.numbers import LARGEST, is_usable
+from fpd_accel.data.coco import MAX_VALUE, is_usable, read_json
 from fpd_accel.errors import DataError
 from fpd_accel.skeleton import MPII
 
 JOINTS = MPII.num_keypoints
-HEAD_FACTOR = 0.6  # head size = this share of the diagonal of the head's rectangle; SC_BIAS of MPII's evaluation code
-GROUND_TRUTH = {"pos_gt_src": (JOINTS, 2), "jnt_missing": (JOINTS,), "headboxes_src": (2, 2)}  # and people, last
-STRANGER = 10.0  # pixels between the joints of one person in two files, above which they are two people
+HEAD_FACTOR = 0.6  # head size / diagonal of the head's rectangle; SC_BIAS of MPII's evaluation code
+# Arrays of `gt_valid.mat` and their shapes; people are one more axis, the last.
+GROUND_TRUTH = {"pos_gt_src": (JOINTS, 2), "jnt_missing": (JOINTS,), "headboxes_src": (2, 2)}
+MAX_DISTANCE = 10.0  # pixels; if the joints of a person in two files are farther apart, they are two people
 
 
 @dataclass(frozen=True, eq=False)
-class Person:
-    """One labelled person, as the annotation file has them."""
+class MpiiPerson:
+    """One labelled person of an annotation file."""
 
-    number: int  # place in the file, from 1
+    number: int  # position in the file, from 1
     image: str  # file name
-    position: tuple[float, float] | None  # about the middle of the body; None: the file does not say
+    position: tuple[float, float] | None  # near the middle of the body; None: not in the file
     scale: float  # height of the person in units of 200 pixels
     keypoints: Float32[np.ndarray, "joint 3"]  # x, y, v; v as in COCO: 0 unlabelled (x = y = 0), 1 hidden, 2 seen
-    head_size: float = math.nan  # pixels; not-a-number where it is not known
+    head_size: float = math.nan  # pixels; NaN: unknown
 
 
 # --- HRNet's JSON -----------------------------------------------------------------------------------------------
 
 
-def read_hrnet_json(path: Path) -> list[Person]:
-    """People of a JSON list of ``image, center, scale, joints, joints_vis``.
+def read_hrnet_json(path: Path) -> list[MpiiPerson]:
+    """Return the people of a JSON list of `image, center, scale, joints, joints_vis`.
 
     Raises:
-        DataError: it is not such a list; a person lacks something, or has another number of joints.
+        DataError: The file is not such a list, or a person lacks a field or has another number of joints.
     """
-    people = read_annotations(path)
+    people = read_json(path)
     if not isinstance(people, list):
         raise DataError(
             f"{path}: not the JSON form of MPII, which is a list of people; a file in COCO's form goes with "
@@ -56,36 +56,36 @@ def read_hrnet_json(path: Path) -> list[Person]:
     return [_hrnet_person(f"{path}: person {number}", number, entry) for number, entry in enumerate(people, start=1)]
 
 
-def _hrnet_person(name: str, number: int, entry: Any) -> Person:
+def _hrnet_person(name: str, number: int, entry: Any) -> MpiiPerson:
     if not isinstance(entry, dict):
-        raise DataError(f"{name}: is {entry!r}, no object with image, center, scale, joints and joints_vis")
+        raise DataError(f"{name}: is {entry!r}, not an object with image, center, scale, joints and joints_vis")
     image = entry.get("image")
     if not isinstance(image, str) or not image:
         raise DataError(f"{name}: 'image' is {image!r}, not a file name")
     if "joints" not in entry:
         raise DataError(
-            f"{name}: has no 'joints'; the labels of MPII's test images are not published, take train or valid"
+            f"{name}: has no 'joints'; the labels of MPII's test images are not published, use train or valid"
         )
     center, scale = _numbers(name, entry, "center", (2,)), float(_numbers(name, entry, "scale", ()))
     joints, labelled = _numbers(name, entry, "joints", (JOINTS, 2)), _numbers(name, entry, "joints_vis", (JOINTS,))
     if not np.isin(labelled, (0, 1)).all():
-        raise DataError(f"{name}: 'joints_vis' holds something that is neither 0 nor 1: {entry['joints_vis']}")
-    # An x of -1 is how the published loader knows people without a position.
+        raise DataError(f"{name}: 'joints_vis' has a value that is neither 0 nor 1: {entry['joints_vis']}")
+    # The published loader marks people without a position by an x of -1.
     position = (float(center[0]), float(center[1])) if center[0] != -1 and scale > 0 else None
-    return Person(number, image, position, scale, _triples(joints, 2 * labelled))
+    return MpiiPerson(number, image, position, scale, _triples(joints, 2 * labelled))
 
 
 def _numbers(name: str, entry: dict[str, Any], field: str, shape: tuple[int, ...]) -> np.ndarray:
     try:
         values = np.asarray(entry.get(field), dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):  # words, or lists of different lengths, or 400 digits
+    except (TypeError, ValueError, OverflowError):  # strings, lists of different lengths, or an integer of 400 digits
         values = np.full((), np.nan)
     if values.shape != shape:
         wanted = " x ".join(map(str, shape)) or "one"
         raise DataError(f"{name}: {field!r} should hold {wanted} numbers, not {entry.get(field)!r:.200}")
-    if not (np.abs(values) <= LARGEST).all():
+    if not (np.abs(values) <= MAX_VALUE).all():
         raise DataError(
-            f"{name}: {field!r} holds something that is not a finite number of at most 1e30: {entry.get(field)!r:.200}"
+            f"{name}: {field!r} has a value that is not a finite number of at most 1e30: {entry.get(field)!r:.200}"
         )
     return values
 
@@ -95,22 +95,22 @@ def _triples(joints: Float[np.ndarray, "joint 2"], visibility: np.ndarray) -> np
     return np.concatenate([joints, visibility[:, None]], axis=1).astype(np.float32)
 
 
-# --- its ground truth for PCKh ----------------------------------------------------------------------------------
+# --- HRNet's ground truth for PCKh -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """What HRNet's evaluation compares predictions with, of each person of a JSON in its order."""
+    """The labels that HRNet's evaluation compares predictions with, in the order of its JSON."""
 
     keypoints: Float32[np.ndarray, "person joint 3"]
     head_sizes: Float[np.ndarray, " person"]
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """HRNet's ``gt_valid.mat``: joints, which are missing, and rectangles of heads.
+    """Return the content of HRNet's `gt_valid.mat`: joints, which of them are labelled, and head sizes.
 
     Raises:
-        DataError: it is not such a file.
+        DataError: The file is not that ground truth.
     """
     content = _load_matlab(path, *GROUND_TRUTH)
     arrays = {}
@@ -118,7 +118,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
         array = content.get(name)
         if array is None:
             raise DataError(f"{path}: has no {name!r}: not the ground truth of HRNet's MPII evaluation (gt_valid.mat)")
-        # MATLAB forgets a last axis of one person.
+        # MATLAB drops a last axis of length 1: one person.
         fits = array.shape[: len(shape)] == shape and array.ndim <= len(shape) + 1 and array.size > 0
         if not fits or array.dtype.kind not in "biuf":
             raise DataError(
@@ -129,28 +129,28 @@ def read_ground_truth(path: Path) -> GroundTruth:
     if not len(joints) == len(missing) == len(heads):
         raise DataError(f"{path}: {len(joints)}, {len(missing)} and {len(heads)} people in {', '.join(GROUND_TRUTH)}")
     labelled = missing == 0
-    if not (np.abs(joints[labelled]) <= LARGEST).all():
+    if not (np.abs(joints[labelled]) <= MAX_VALUE).all():
         raise DataError(f"{path}: 'pos_gt_src' holds labelled joints whose coordinates are not finite numbers")
     sizes = HEAD_FACTOR * np.linalg.norm(heads[:, 1] - heads[:, 0], axis=1)
     triples = [_triples(points, 2 * seen) for points, seen in zip(joints, labelled, strict=True)]
     return GroundTruth(np.stack(triples), np.where(sizes > 0, sizes, np.nan))
 
 
-def check_same_people(truth_path: Path, truth: GroundTruth, path: Path, people: list[Person]) -> None:
-    """Refuse a ground truth of other people: it says who is who by their order alone.
+def check_same_people(truth_path: Path, truth: GroundTruth, path: Path, people: list[MpiiPerson]) -> None:
+    """Refuse ground truth of other people; the two files are matched by order alone.
 
     Raises:
-        DataError: another number of people, or one whose joints lie elsewhere.
+        DataError: The number of people differs, or a person's joints are elsewhere.
     """
-    advice = "the ground truth of a split goes with the JSON of that split (gt_valid.mat with valid.json)"
+    advice = "use the ground truth of the same split as the JSON (gt_valid.mat with valid.json)"
     if len(truth.keypoints) != len(people):
         raise DataError(f"{truth_path}: {len(truth.keypoints)} people, but {path} has {len(people)}; {advice}")
     for person, keypoints in zip(people, truth.keypoints, strict=True):
         both = (person.keypoints[:, 2] > 0) & (keypoints[:, 2] > 0)
         distances = np.linalg.norm(person.keypoints[both, :2] - keypoints[both, :2], axis=1)
-        if both.any() and np.median(distances) > STRANGER:
+        if both.any() and np.median(distances) > MAX_DISTANCE:
             raise DataError(
-                f"{truth_path}: person {person.number} is another than in {path}: their joints are "
+                f"{truth_path}: person {person.number} is not the one in {path}: their joints are "
                 f"{np.median(distances):.0f} pixels apart; {advice}"
             )
 
@@ -158,31 +158,30 @@ def check_same_people(truth_path: Path, truth: GroundTruth, path: Path, people: 
 # --- MPII's MATLAB file -----------------------------------------------------------------------------------------
 
 
-def read_release(path: Path, skipped: Counter[str]) -> list[Person]:
-    """Labelled people of the training images of ``mpii_human_pose_v1_u12_1.mat``, and what was left out, counted.
+def read_release(path: Path, skipped: Counter[str]) -> list[MpiiPerson]:
+    """Return the labelled people in the training images of `mpii_human_pose_v1_u12_1.mat`; count the rest in `skipped`.
 
-    Everybody with joints is taken, as in the JSON of HRNet; ``single_person``, the list of people who stand apart, is
-    not looked at.
+    All people with joints are taken, as in HRNet's JSON; `single_person`, the list of isolated people, is ignored.
 
     Raises:
-        DataError: it is not that file.
+        DataError: The file is not MPII's annotation file.
     """
     release = _load_matlab(path, "RELEASE", simplify_cells=True).get("RELEASE")
     if not isinstance(release, dict) or not {"annolist", "img_train"} <= release.keys():
         raise DataError(
             f"{path}: has no struct RELEASE with annolist and img_train: not MPII's own annotation file "
-            "(mpii_human_pose_v1_u12_1.mat); HRNet's gt_valid.mat is given as ground truth beside its JSON"
+            "(mpii_human_pose_v1_u12_1.mat); pass HRNet's gt_valid.mat as ground truth together with its JSON"
         )
     images, is_train = _structs(release["annolist"]), np.atleast_1d(release["img_train"])
     if images is None or len(images) != len(is_train):
-        raise DataError(f"{path}: RELEASE.annolist and RELEASE.img_train do not belong together")
-    people: list[Person] = []
+        raise DataError(f"{path}: RELEASE.annolist and RELEASE.img_train do not match")
+    people: list[MpiiPerson] = []
     number = 0
-    for place, (image, train) in enumerate(zip(images, is_train, strict=True), start=1):
+    for index, (image, train) in enumerate(zip(images, is_train, strict=True), start=1):
         name = image["image"].get("name") if isinstance(image.get("image"), dict) else None
         rectangles = _structs(image.get("annorect"))
         if not isinstance(name, str) or not name or rectangles is None:
-            raise DataError(f"{path}: RELEASE.annolist({place}) has no image.name, or no struct annorect")
+            raise DataError(f"{path}: RELEASE.annolist({index}) has no image.name, or no struct annorect")
         if not train:
             skipped["image_of_test_set"] += 1
         elif not rectangles:
@@ -194,10 +193,10 @@ def read_release(path: Path, skipped: Counter[str]) -> list[Person]:
     return people
 
 
-def _release_person(number: int, image: str, rectangle: dict[str, Any], skipped: Counter[str]) -> Iterator[Person]:
-    """The person of one ``annorect``, or a count of why there is none."""
-    holder = rectangle.get("annopoints")
-    points = _structs(holder.get("point")) if isinstance(holder, dict) else []
+def _release_person(number: int, image: str, rectangle: dict[str, Any], skipped: Counter[str]) -> Iterator[MpiiPerson]:
+    """Yield the person of an `annorect`, or count in `skipped` why there is none."""
+    annopoints = rectangle.get("annopoints")
+    points = _structs(annopoints.get("point")) if isinstance(annopoints, dict) else []
     if not points:
         skipped["person_unlabelled"] += 1
         return
@@ -210,25 +209,25 @@ def _release_person(number: int, image: str, rectangle: dict[str, Any], skipped:
     if head is not None:
         size = HEAD_FACTOR * math.hypot(head[2] - head[0], head[3] - head[1]) or math.nan
     if position is None or scale is None or scale[0] <= 0:
-        yield Person(number, image, None, 0.0, keypoints, size)
+        yield MpiiPerson(number, image, None, 0.0, keypoints, size)
     else:
-        yield Person(number, image, (position[0], position[1]), scale[0], keypoints, size)
+        yield MpiiPerson(number, image, (position[0], position[1]), scale[0], keypoints, size)
 
 
 def _release_joints(points: list[dict[str, Any]]) -> np.ndarray | None:
-    """Triples of a person's ``point`` structs; None if they contradict themselves."""
+    """Return the (x, y, v) of a person's `point` structs, or None if they are contradictory."""
     joints, visibility = np.zeros((JOINTS, 2)), np.zeros(JOINTS)
     for point in points:
         numbers, seen = _numbers_of(point, "id", "x", "y"), _numbers_of(point, "is_visible")
         if numbers is None or numbers[0] not in range(JOINTS) or visibility[int(numbers[0])]:
             return None
         joints[int(numbers[0])] = numbers[1:]
-        visibility[int(numbers[0])] = 1 if seen is not None and seen[0] <= 0 else 2  # heads come without is_visible
+        visibility[int(numbers[0])] = 1 if seen is not None and seen[0] <= 0 else 2  # head joints have no is_visible
     return _triples(joints, visibility)
 
 
 def _structs(value: Any) -> list[dict[str, Any]] | None:
-    """A MATLAB struct array as a list: one struct is its own array, and an absent one an empty matrix."""
+    """Return a MATLAB struct array as a list: one struct comes as a dict, an absent one as an empty matrix."""
     if isinstance(value, dict):
         return [value]
     if value is None or (isinstance(value, np.ndarray) and not value.size):
@@ -237,7 +236,7 @@ def _structs(value: Any) -> list[dict[str, Any]] | None:
 
 
 def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
-    """Finite numbers, which MATLAB may hold as text; None if one is the empty matrix, or anything else."""
+    """Return fields of a struct as finite numbers, which MATLAB may hold as text; None if one is not a number."""
     if not isinstance(struct, dict):
         return None
     try:
@@ -248,15 +247,17 @@ def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
 
 
 def _load_matlab(path: Path, *names: str, simplify_cells: bool = False) -> dict[str, Any]:
-    from scipy.io import loadmat  # here alone: reading a COCO dataset should not cost its import
-
     if not path.is_file():
         raise DataError(f"{path}: no such annotation file")
     try:
+        from scipy.io import loadmat
+    except ModuleNotFoundError:
+        raise DataError(f"{path}: MATLAB files need SciPy; install it with `pip install 'fpd-accel[mpii]'`") from None
+    try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about variables of classes that SciPy does not know; none is ours
+            warnings.simplefilter("ignore")  # about variables of unknown classes, which are not used here
             return loadmat(path, appendmat=False, variable_names=names, simplify_cells=simplify_cells)
     except NotImplementedError:
         raise DataError(f"{path}: MATLAB 7.3 format, which is HDF5; save it again with `save -v7`") from None
-    except Exception as error:  # whatever damaged bytes lead the reader to
+    except Exception as error:  # damaged bytes can raise anything
         raise DataError(f"{path}: not readable as a MATLAB file: {error}") from None

@@ -1,10 +1,10 @@
-"""People in an exact order: sample k is the same on any number of ranks and workers, and after any restart.
+"""Samples in an exact order: sample k is the same on any number of ranks and workers, and after any restart.
 
 Training reads one endless sequence: epoch after epoch, each a permutation keyed by (seed, epoch). Micro-batch m of
-rank r starts at sample ``start + (m * ranks + r) * batch_size``; worker w of n reads the micro-batches with m % n == w.
-So the only state is the number of samples consumed. Where people without labels have a share of the samples, sample k
-is one of them if floor(share * k) rises from k to k + 1: they come as evenly as can be, whatever the batch. Several
-datasets with labels divide what is left in the same way (see ``mixture.py``), each with epochs of its own.
+rank r starts at sample `start + (m * ranks + r) * batch_size`; worker w of n reads the micro-batches with m % n == w.
+So the only state is the number of samples consumed. If unlabelled people have a share of the samples, sample k is
+unlabelled if floor(share * k) rises from k to k + 1, which spreads them as evenly as possible for any batch size.
+Several labelled datasets divide the remaining samples in the same way (see `mixture.py`), each with epochs of its own.
 """
 
 import math
@@ -14,45 +14,45 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from fpd_accel.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
-from fpd_accel.config import Augment
+from fpd_accel.config.schema import Augment
+from fpd_accel.data.augment import Geometry, draw_geometry, sample_generator, view_in_epoch
 from fpd_accel.data.batch import Batch
 from fpd_accel.data.images import StoredImage, decode_image
-from fpd_accel.data.lessons import Lessons
 from fpd_accel.data.mixture import Mixture, as_mixture
-from fpd_accel.data.order import by_image
 from fpd_accel.data.shards import LABELS, Shards
+from fpd_accel.data.teacher_targets import TeacherTargets
+from fpd_accel.distributed.preemption import ignore_stop_signals, terminate
 from fpd_accel.errors import DataError
 from fpd_accel.geometry import Matrix, box_to_region, crop_matrix, lowest_row, mirror_matrix, transform_points
-from fpd_accel.stop import end_process, outlive_stop
 
-WARP_BELOW = 3  # rows below the lowest point of a crop that its interpolation may look at
-READ_AHEAD = 4  # batches per loader process that are made or being made before they are asked for
+WARP_MARGIN = 3  # rows below the lowest point of a crop that its interpolation may read
+READ_AHEAD = 4  # batches that each loader process prepares in advance
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample comes from: which dataset, which pass over it, which row of its people."""
+    """The origin of a sample: a person in a dataset, in one pass over that dataset."""
 
-    source: int  # the labelled datasets from 0 on, then the one without labels
-    epoch: int
-    row: int
+    source: int  # number of the dataset: the labelled ones from 0 on, then the unlabelled one
+    epoch: int  # pass over that dataset
+    row: int  # of the person in the dataset's `people`
 
 
 @dataclass
 class Source:
-    """One dataset of the mixture, and the order of the epoch that was asked for last."""
+    """One dataset of a stream, and its order in the epoch that was read last."""
 
     shards: Shards
     number: int
     labelled: bool = True
     group_by_image: bool = False
-    order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)))
+    order: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, dtype=np.int64)))  # epoch, permutation
 
     def place(self, sample: int, *, seed: int | None) -> Place:
-        """The place of sample number ``sample`` of this dataset alone; without a seed they come as they are stored."""
+        """Return the place of a sample, counted within this dataset; without a seed the order is the stored one."""
         epoch, position = divmod(sample, len(self.shards))
         if seed is not None:
             if self.order[0] != epoch:
@@ -63,28 +63,39 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Person:
-    """One row of the people, and its image."""
+class Sample:
+    """A person and the image that it is in."""
 
     place: Place
-    box: np.ndarray
-    keypoints: np.ndarray  # (joint, 3); all zero for someone without labels
+    box: np.ndarray  # x, y, width, height, image pixels
+    keypoints: np.ndarray  # (joint, 3): x, y, v; all zero without labels
     image_row: int
     image: StoredImage
 
 
 class PoseStream(IterableDataset[Batch]):
-    """Whole micro-batches of one rank, from global sample ``start`` up to ``stop``.
+    """The micro-batches of one rank, from global sample `start` up to `stop`.
 
-    With ``augment`` the order is shuffled and the geometry random; without it the people come as they are stored, as
-    evaluation wants them. Where ``stop`` is not a multiple of ``ranks * batch_size`` the last batches run on into the
-    next epoch, so that every batch has ``batch_size`` people and every rank has as many batches: who counts people
-    drops the repeated :attr:`Batch.rows`.
+    If `stop - start` is not a multiple of `ranks * batch_size`, the last batches run on into the next epoch, so that
+    all batches are full and all ranks have the same number of batches. Evaluation drops the repeated `Batch.rows`.
 
-    ``shards`` may be a mixture of several. ``unlabelled`` people, of whatever skeleton, come with no keypoint visible
-    and have ``share`` of the samples. ``unbiased`` crops as UDP does. ``group_by_image`` shuffles images, not people:
-    those of one image follow each other, so that it is decoded once for all of them that are in one micro-batch.
-    ``lessons``: what a teacher said of all views of all these people, handed out with them.
+    Args:
+        shards: A dataset with labels, or a mixture of several.
+        input_size: (height, width) of the crops in pixels.
+        batch_size: Samples per micro-batch.
+        augment: Shuffle the order and draw a random geometry for each sample. None: stored order, without augmentation.
+        padding: Factor on the person's box.
+        seed: Seed of order and geometry.
+        rank: Number of this process.
+        ranks: Number of processes.
+        start: First global sample.
+        stop: End of the global samples. None: one epoch.
+        unbiased: Crop as UDP does.
+        unlabelled: A dataset of any skeleton whose samples have no visible keypoints.
+        share: Share of the unlabelled samples.
+        group_by_image: Shuffle images instead of people: the people of an image follow each other, and it is decoded
+            once per micro-batch.
+        teacher_targets: Cached teacher outputs for all views of all these people, added to the batches.
     """
 
     def __init__(
@@ -104,22 +115,25 @@ class PoseStream(IterableDataset[Batch]):
         unlabelled: Shards | None = None,
         share: float = 0.0,
         group_by_image: bool = False,
-        lessons: Lessons | None = None,
+        teacher_targets: TeacherTargets | None = None,
     ) -> None:
-        self.people, self.skeleton = as_mixture(shards), shards.skeleton
-        self.exchange = np.array(self.skeleton.flip_index)  # of keypoints, where the image is mirrored
+        self.labelled, self.skeleton = as_mixture(shards), shards.skeleton
+        self.flip_index = np.array(self.skeleton.flip_index)
         self.input_size, self.batch_size, self.padding = input_size, batch_size, padding
         self.augment, self.seed, self.rank, self.ranks = augment, seed, rank, ranks
-        self.start, self.stop = start, len(self.people) if stop is None else stop
-        self.unbiased, self.share, self.lessons = unbiased, share if unlabelled is not None else 0.0, lessons
-        self.sources = [Source(labelled, number) for number, labelled in enumerate(self.people.datasets)]
+        self.start, self.stop = start, len(self.labelled) if stop is None else stop
+        self.unbiased, self.teacher_targets = unbiased, teacher_targets
+        self.share = share if unlabelled is not None else 0.0
+        self.sources = [
+            Source(dataset, number, group_by_image=group_by_image)
+            for number, dataset in enumerate(self.labelled.datasets)
+        ]
         if unlabelled is not None:
-            self.sources.append(Source(unlabelled, len(self.sources), labelled=False))
-        for source in self.sources:
-            source.group_by_image = group_by_image
+            number = len(self.sources)
+            self.sources.append(Source(unlabelled, number, labelled=False, group_by_image=group_by_image))
 
     def __len__(self) -> int:
-        """Micro-batches of this rank."""
+        """Return the number of micro-batches of this rank."""
         return -(-max(self.stop - self.start, 0) // (self.ranks * self.batch_size))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -130,22 +144,24 @@ class PoseStream(IterableDataset[Batch]):
             yield self.batch(range(sample, sample + self.batch_size))
 
     def batch(self, samples: range) -> Batch:
-        """The batch of some samples of the endless sequence."""
+        """Return the batch of a range of samples of the endless sequence."""
         people = self._read([self.place(sample) for sample in samples])
         geometries = self._geometries(people)
         crops = np.empty((len(people), *self.input_size, 3), dtype=np.uint8)
         keypoints = np.empty((len(people), self.skeleton.num_keypoints, 2), dtype=np.float32)
         visible = np.empty(keypoints.shape[:2], dtype=np.float32)
         matrices = [self._matrix(*one) for one in zip(people, geometries, strict=True)]
-        for same_image in _by_image(people):  # each is decoded once, and warped while the processor has it at hand
+        for same_image in _group_by_image(people):  # decode once, then warp while the pixels are in the CPU's cache
             lowest = max(lowest_row(matrices[i], self.input_size) for i in same_image)
-            pixels = self._decode(people[same_image[0]], rows=max(0, math.ceil(lowest)) + WARP_BELOW)
+            pixels = self._decode(people[same_image[0]], rows=max(0, math.ceil(lowest)) + WARP_MARGIN)
             for i in same_image:
                 cv2.warpAffine(pixels, matrices[i], self.input_size[::-1], dst=crops[i], flags=cv2.INTER_LINEAR)
         for i, geometry in enumerate(geometries):
             keypoints[i], visible[i] = self._keypoints(people[i], geometry, matrices[i])
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
-        lessons, scales = self.lessons.read([self._record(p.place) for p in people]) if self.lessons else (None, None)
+        targets, scales = None, None
+        if self.teacher_targets is not None:
+            targets, scales = self.teacher_targets.read([self._record(person.place) for person in people])
         return Batch(
             crops=torch.from_numpy(crops),
             keypoints=torch.from_numpy(keypoints),
@@ -154,38 +170,39 @@ class PoseStream(IterableDataset[Batch]):
             sizes=torch.from_numpy(np.stack([g.size for g in geometries]).astype(np.float32)),
             rows=torch.tensor([person.place.row for person in people], dtype=torch.int64),
             labelled=None if self.sources[-1].labelled else torch.tensor(labelled),
-            lessons=lessons,
+            teacher_targets=targets,
             scales=scales,
         )
 
     def place(self, sample: int) -> Place:
+        """Return the place of a sample of the endless sequence."""
         seed = self.seed if self.augment is not None else None
         before, after = math.floor(self.share * sample), math.floor(self.share * (sample + 1))
         if after > before:
             return self.sources[-1].place(before, seed=seed)
-        number, own = self.people.locate(sample - before)
-        return self.sources[number].place(own, seed=seed)
+        number, sample_in_source = self.labelled.locate(sample - before)
+        return self.sources[number].place(sample_in_source, seed=seed)
 
-    def _read(self, places: Sequence[Place]) -> list[Person]:
-        """The people at some places, in their order; each dataset is read once."""
-        found: dict[Place, Person] = {}
+    def _read(self, places: Sequence[Place]) -> list[Sample]:
+        """Return the people at the given places, in that order; each dataset is read once."""
+        found: dict[Place, Sample] = {}
         for source in self.sources:
             chosen = [place for place in places if place.source == source.number]
             if chosen:
                 found |= zip(chosen, self._people(source, chosen), strict=True)
         return [found[place] for place in places]
 
-    def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Person]:
+    def _people(self, source: Source, places: Sequence[Place]) -> Iterator[Sample]:
         people = source.shards.columns(LABELS, [place.row for place in places])
         rows = people["image_row"].tolist()
         images = source.shards.read_images(rows)
-        nothing = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
+        unlabelled = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
         for i, place in enumerate(places):
-            keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else nothing
-            yield Person(place, people["box"][i], keypoints, rows[i], images[i])
+            keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else unlabelled
+            yield Sample(place, people["box"][i], keypoints, rows[i], images[i])
 
-    def _decode(self, person: Person, *, rows: int) -> np.ndarray:
-        """The pixels of a person's image, of at least so many rows."""
+    def _decode(self, person: Sample, *, rows: int) -> np.ndarray:
+        """Return the pixels of a person's image, at least its topmost `rows`."""
         pixels = decode_image(person.image.data, rows=rows)
         if pixels is None:
             shards = self.sources[person.place.source].shards
@@ -194,8 +211,8 @@ class PoseStream(IterableDataset[Batch]):
             )
         return pixels
 
-    def _geometries(self, people: Sequence[Person]) -> list[Geometry]:
-        """What each crop shows; the regions around all boxes of a dataset are found at once."""
+    def _geometries(self, people: Sequence[Sample]) -> list[Geometry]:
+        """Return the geometry of each crop; the regions of all boxes of a dataset are computed at once."""
         boxes = np.empty((len(people), 4), dtype=np.float32)
         for source in self.sources:
             own = [i for i, person in enumerate(people) if person.place.source == source.number]
@@ -208,7 +225,7 @@ class PoseStream(IterableDataset[Batch]):
         regions = box_to_region(boxes, self.input_size, padding=self.padding)
         return [self._geometry(*one) for one in zip(people, *regions, strict=True)]
 
-    def _geometry(self, person: Person, center: np.ndarray, size: np.ndarray) -> Geometry:
+    def _geometry(self, person: Sample, center: np.ndarray, size: np.ndarray) -> Geometry:
         if self.augment is None:
             return Geometry(center, size)
         place = person.place
@@ -223,20 +240,20 @@ class PoseStream(IterableDataset[Batch]):
         )
 
     def _view(self, place: Place) -> int:
-        """The number by which the geometry is drawn: of the epoch, or of one of a few views."""
+        """Return the view that the geometry is drawn for: the number of the epoch, or of one of a few fixed views."""
         views = self.augment.views if self.augment is not None else None
         if views is None:
             return place.epoch
         return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=views)
 
     def _record(self, place: Place) -> int:
-        """Where in the teacher's cache this view of this person is."""
-        assert self.lessons is not None
+        """Return the record of this view of this person in the teacher cache."""
+        assert self.teacher_targets is not None
         position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
-        return self.lessons.layout.record(place.source, position, self._view(place))
+        return self.teacher_targets.layout.record(place.source, position, self._view(place))
 
-    def _matrix(self, person: Person, geometry: Geometry) -> Matrix:
-        """The one map from a person's image to the crop, mirroring folded in."""
+    def _matrix(self, person: Sample, geometry: Geometry) -> Matrix:
+        """Return the affine map from a person's image to the crop, mirroring included."""
         center, width = geometry.center, person.image.width
         if geometry.flip:
             center = np.array([width - 1 - center[0], center[1]])
@@ -245,16 +262,16 @@ class PoseStream(IterableDataset[Batch]):
         )
         return mirror_matrix(matrix, width) if geometry.flip else matrix
 
-    def _keypoints(self, person: Person, geometry: Geometry, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
-        """A person's keypoints in the crop, left and right exchanged where it is mirrored, and which are visible."""
+    def _keypoints(self, person: Sample, geometry: Geometry, matrix: Matrix) -> tuple[np.ndarray, np.ndarray]:
+        """Return a person's keypoints in the crop, left and right swapped if it is mirrored, and which are visible."""
         points, visible = person.keypoints[:, :2], person.keypoints[:, 2] > 0
         if geometry.flip:
-            points, visible = points[self.exchange], visible[self.exchange]
+            points, visible = points[self.flip_index], visible[self.flip_index]
         return transform_points(matrix, points), visible
 
 
-def _by_image(people: Sequence[Person]) -> Iterable[list[int]]:
-    """Numbers of people who are in one image, image by image as they come."""
+def _group_by_image(people: Sequence[Sample]) -> Iterable[list[int]]:
+    """Return the indices of the people in each image."""
     numbers: dict[tuple[int, int], list[int]] = {}
     for number, person in enumerate(people):
         numbers.setdefault((person.place.source, person.image_row), []).append(number)
@@ -262,7 +279,7 @@ def _by_image(people: Sequence[Person]) -> Iterable[list[int]]:
 
 
 def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataLoader[Batch]:
-    """Batches of a stream, read ahead by ``workers`` processes (0: in this one)."""
+    """Return a loader of a stream's batches, read ahead by `workers` processes (0: read in this process)."""
     for source in stream.sources:
         source.shards.open()
     return DataLoader(
@@ -277,14 +294,30 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
 
 def close_loader(batches: Iterator[Batch]) -> None:
     """End a loader's processes now, not at the end of the interpreter."""
-    end = getattr(batches, "_shutdown_workers", None)  # of PyTorch's iterator over several processes
-    if end is not None:
-        end()
+    shut_down = getattr(batches, "_shutdown_workers", None)  # PyTorch's iterator has it if there are workers
+    if shut_down is not None:
+        shut_down()
         for process in batches._workers:  # type: ignore[attr-defined]
-            end_process(process)
+            terminate(process)
 
 
 def _start_worker(_: int) -> None:
-    """One thread per worker: OpenCV's own threads would fight with the other workers'. It stops after its trainer."""
+    """Run OpenCV in one thread, as the other workers use the other cores, and leave stop signals to the trainer."""
     cv2.setNumThreads(0)
-    outlive_stop()
+    ignore_stop_signals()
+
+
+def by_image(order: Int[np.ndarray, " person"], images: Int[np.ndarray, " person"]) -> Int[np.ndarray, " person"]:
+    """Return a permutation of people with the people of each image in a row, in their order in `order`.
+
+    An image takes the position in `order` of its first person as stored. The position of its first person in `order`
+    would bring images with many people early in every epoch.
+
+    Args:
+        order: A permutation of people.
+        images: The image of each person.
+    """
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order), dtype=order.dtype)
+    _, first, image = np.unique(images, return_index=True, return_inverse=True)
+    return order[np.argsort(position[first][image][order], kind="stable")]

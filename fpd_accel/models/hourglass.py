@@ -1,4 +1,4 @@
-"""Stacked hourglass: U-shaped networks in a row, each of which refines the heatmaps of the one before.
+"""Stacked hourglass: U-shaped networks in a row; each one refines the heatmaps of the one before.
 
 Stacked Hourglass Networks for Human Pose Estimation (Newell, Yang, Deng, ECCV 2016), section 3; parameter names equal
 those of the published `hourglass_4x128` and `hourglass_8x256`. All features inside the hourglasses have `features`
@@ -22,7 +22,7 @@ class PreActivationBottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions, each after normalisation and ReLU, beside a skip connection."""
 
     def __init__(self, inputs: int, planes: int) -> None:
-        """From `inputs` channels to twice `planes`; the skip is a bare 1x1 convolution where the two differ."""
+        """Map `inputs` channels to twice `planes`; the skip is a 1x1 convolution if these numbers differ."""
         super().__init__()
         outputs = EXPANSION * planes
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, planes, kernel_size=1)
@@ -32,6 +32,7 @@ class PreActivationBottleneck(nn.Module):
         self.downsample = nn.Sequential() if inputs == outputs else nn.Sequential(nn.Conv2d(inputs, outputs, 1))
 
     def forward(self, feature: Float[Tensor, "batch inputs h w"]) -> Float[Tensor, "batch outputs h w"]:
+        """Return the sum of the three convolutions and the skip."""
         change = self.conv1(self.relu(self.bn1(feature)))
         change = self.conv2(self.relu(self.bn2(change)))
         change = self.conv3(self.relu(self.bn3(change)))
@@ -39,22 +40,22 @@ class PreActivationBottleneck(nn.Module):
 
 
 def residual(inputs: int, planes: int) -> nn.Sequential:
-    """Return one bottleneck, in a sequence of its own as the published names have it."""
+    """Return a sequence of one bottleneck, which gives the parameters their published names."""
     return nn.Sequential(PreActivationBottleneck(inputs, planes))
 
 
 class Level(nn.ModuleList):
-    """The residuals of one size: skip, way down, way up and, at the deepest level only, the middle."""
+    """The residuals of one size: skip, way down, way up, and at the deepest level the middle."""
 
     def forward(self, feature: Float[Tensor, "batch features h w"], *deeper: nn.Module) -> Tensor:
-        """Add the skip to what the deeper levels (deepest first) make of the halved feature; shape unchanged."""
+        """Return the skip plus the halved feature after the deeper levels (deepest first); the shape stays."""
         halved = self[1](F.max_pool2d(feature, kernel_size=2))
         inside = deeper[-1](halved, *deeper[:-1]) if deeper else self[3](halved)
         return self[0](feature) + F.interpolate(self[2](inside), scale_factor=2, mode="nearest")
 
 
 class Hourglass(nn.Module):
-    """Four levels inside each other, from `hg[0]`, the deepest, to `hg[3]`; output shape equals input shape."""
+    """Four nested levels, from `hg[0]`, the deepest, to `hg[3]`; the output has the shape of the input."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -64,18 +65,19 @@ class Hourglass(nn.Module):
         )
 
     def forward(self, feature: Float[Tensor, "batch features h w"]) -> Float[Tensor, "batch features h w"]:
+        """Return the feature after all levels."""
         *deeper, outermost = self.hg
         return outermost(feature, *deeper)
 
 
 class StackedHourglass(PoseModel):
-    """`stacks` hourglasses with one output each. Default initialisation, convolutions with bias."""
+    """A network of `stacks` hourglasses, one stage each, with PyTorch's initialisation and biased convolutions."""
 
     input_multiple: ClassVar[int] = 64
     units: ClassVar[tuple[str, ...]] = ("Hourglass",)
 
     def __init__(self, num_keypoints: int, *, stacks: int, features: int) -> None:
-        """Raises ModelError unless there is a stack and `features`, which the stem quarters, is a multiple of 4."""
+        """Raise ModelError unless there is a stack and `features`, which the stem quarters, is a multiple of 4."""
         super().__init__(num_keypoints)
         if stacks < 1:
             raise ModelError(f"an hourglass network needs at least 1 stack, not {stacks}")
@@ -96,14 +98,14 @@ class StackedHourglass(PoseModel):
             nn.Sequential(nn.Conv2d(features, features, 1), nn.BatchNorm2d(features), self.relu) for _ in range(stacks)
         )
         self.score = nn.ModuleList(nn.Conv2d(features, num_keypoints, 1) for _ in range(stacks))
-        # What each stack but the last hands on: its features and its heatmaps, both mapped back to features.
+        # Each stack but the last passes on its features and its heatmaps, both mapped back to features.
         self.fc_ = nn.ModuleList(nn.Conv2d(features, features, 1) for _ in range(stacks - 1))
         self.score_ = nn.ModuleList(nn.Conv2d(num_keypoints, features, 1) for _ in range(stacks - 1))
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
-        """Return every stack's heatmaps at a quarter of the input size; raises ModelError unless 64 divides that."""
+        """Return each stack's heatmaps at a quarter of the input size; raise ModelError unless 64 divides that size."""
         self.check_input(images)
         feature = self.layer1(self.relu(self.bn1(self.conv1(images))))
         feature = self.layer3(self.layer2(F.max_pool2d(feature, kernel_size=2)))

@@ -1,4 +1,4 @@
-"""HRNet: parallel branches at strides 4, 8, 16 and 32 that exchange features again and again.
+"""HRNet: parallel branches at strides 4, 8, 16 and 32 that exchange features repeatedly.
 
 Deep High-Resolution Representation Learning for Human Pose Estimation (Sun, Xiao, Liu, Wang, CVPR 2019), section 3;
 parameter names equal those of the published `pose_hrnet_w32` and `pose_hrnet_w48`. Branch b has `width * 2**b`
@@ -15,19 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fpd_accel.models.base import PoseModel
+from fpd_accel.models.base import PoseModel, convolution
 
 BLOCKS_PER_BRANCH = 4
 STEM_CHANNELS = 64
 LAYER1_CHANNELS = 256
-
-
-def convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-    """Return a bias-free convolution with "same" padding and its normalisation."""
-    return [
-        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    ]
 
 
 def first_layer() -> nn.Sequential:
@@ -38,9 +30,10 @@ def first_layer() -> nn.Sequential:
 
 
 def transition(before: Sequence[int], after: Sequence[int]) -> nn.ModuleList:
-    """Return one path into each branch of the next stage: keep or convert what exists, halve the coarsest for the new.
+    """Return one path into each branch of the next stage; the new branch starts from the coarsest, halved.
 
-    `before` and `after` are the channels of the branches; `after` has one branch more.
+    The other paths convert the channels where they differ. `before` and `after` are the channels of the branches;
+    `after` has one branch more.
     """
     paths: list[nn.Module] = [
         nn.Identity() if inputs == outputs else nn.Sequential(*convolution(inputs, outputs), nn.ReLU(inplace=True))
@@ -51,10 +44,10 @@ def transition(before: Sequence[int], after: Sequence[int]) -> nn.ModuleList:
 
 
 def exchange_path(channels: Sequence[int], *, source: int, target: int) -> nn.Module:
-    """Return what carries branch `source` to the size and channels of branch `target`.
+    """Return the module that maps branch `source` to the size and channels of branch `target`.
 
-    Coarse to fine is a 1x1 convolution and nearest upsampling; fine to coarse is one strided 3x3 convolution for each
-    halving, of which only the last changes the channels and has no ReLU.
+    Coarse to fine is a 1x1 convolution and nearest upsampling. Fine to coarse is one strided 3x3 convolution for each
+    halving; only the last one changes the channels, and it has no ReLU.
     """
     if source == target:
         return nn.Identity()
@@ -69,18 +62,19 @@ def exchange_path(channels: Sequence[int], *, source: int, target: int) -> nn.Mo
 
 
 class Fusion(nn.ModuleList):
-    """The paths from every branch into one, summed in order."""
+    """The paths from every branch into one branch, summed in order."""
 
     def forward(self, features: list[Tensor]) -> Tensor:
+        """Return the branch that the features of all branches add up to."""
         arrivals = [path(feature) for path, feature in zip(self, features, strict=True)]
         return F.relu(reduce(torch.add, arrivals), inplace=True)
 
 
 class ExchangeModule(nn.Module):
-    """Four residual blocks on every branch, then each output branch is the sum of all branches brought to its size."""
+    """Four residual blocks on each branch; then each output branch is the sum of all branches brought to its size."""
 
     def __init__(self, channels: Sequence[int], *, outputs: int) -> None:
-        """`channels` of each branch; the finest `outputs` branches are computed, the others are dropped."""
+        """Take the `channels` of each branch; only the finest `outputs` branches are computed."""
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Sequential(*(BasicBlock(count, count) for _ in range(BLOCKS_PER_BRANCH))) for count in channels
@@ -91,6 +85,7 @@ class ExchangeModule(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the output branches, finest first."""
         features = [branch(feature) for branch, feature in zip(self.branches, features, strict=True)]
         return [fusion(features) for fusion in self.fuse_layers]
 
@@ -102,7 +97,7 @@ def stage(channels: Sequence[int], *, modules: int, last_outputs: int | None = N
 
 
 class HRNet(PoseModel):
-    """High-resolution network with a heatmap head on its finest branch; one output.
+    """A high-resolution network with a heatmap head on its finest branch, and one stage.
 
     `width` is the number of channels at stride 4: 32 and 48 are published, 18 and 40 follow the same pattern.
     """
@@ -122,7 +117,7 @@ class HRNet(PoseModel):
         self.transition2 = transition(channels[:2], channels[:3])
         self.stage3 = stage(channels[:3], modules=4)
         self.transition3 = transition(channels[:3], channels)
-        # Only the finest branch is read by the head, so the last module computes no other.
+        # The head uses the finest branch alone, so the last module computes no other.
         self.stage4 = stage(channels, modules=3, last_outputs=1)
         self.final_layer = nn.Conv2d(width, num_keypoints, kernel_size=1)
         self.apply(initialise)
@@ -130,7 +125,7 @@ class HRNet(PoseModel):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
-        """Return the heatmaps at a quarter of the input size; raises ModelError unless 32 divides that."""
+        """Return the heatmaps at a quarter of the input size; raise ModelError unless 32 divides the input size."""
         self.check_input(images)
         feature = self.relu(self.bn1(self.conv1(images)))
         feature = self.relu(self.bn2(self.conv2(feature)))

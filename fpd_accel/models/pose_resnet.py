@@ -1,8 +1,8 @@
 """PoseResNet: torchvision's ResNet, three transposed convolutions and a 1x1 head.
 
 Simple Baselines for Human Pose Estimation and Tracking (Xiao, Wu, Wei, ECCV 2018), section 2; parameter names equal
-those of the published `pose_resnet_50`, `_101` and `_152`. The backbone takes stride 32, the deconvolutions bring it
-back to 4.
+those of the published `pose_resnet_50`, `_101` and `_152`. The backbone ends at stride 32, the transposed convolutions
+bring it back to 4.
 """
 
 from typing import ClassVar
@@ -18,7 +18,7 @@ DECONV_CHANNELS = 256
 
 
 def deconvolutions(inputs: int) -> nn.Sequential:
-    """Return three bias-free transposed 4x4 convolutions, each of which doubles the size, normalised, with ReLU."""
+    """Return three bias-free transposed 4x4 convolutions with normalisation and ReLU; each doubles the size."""
     layers: list[nn.Module] = []
     for channels in [inputs] + [DECONV_CHANNELS] * (DECONV_LAYERS - 1):
         layers += [
@@ -30,10 +30,10 @@ def deconvolutions(inputs: int) -> nn.Sequential:
 
 
 class PoseResNet(PoseModel):
-    """ResNet of `depth` 18, 34, 50, 101 or 152 layers with a deconvolution head; one output.
+    """A ResNet of `depth` 18, 34, 50, 101 or 152 layers with a head of transposed convolutions, and one stage.
 
-    The backbone's stages are attributes of the model itself, so that the names carry no prefix and ImageNet weights
-    of torchvision's ResNet fit but for their `fc`. It keeps torchvision's initialisation.
+    The backbone's stages are attributes of the model itself, so that their names have no prefix and torchvision's
+    ImageNet weights fit, except for their `fc`. The backbone keeps torchvision's initialisation.
     """
 
     input_multiple: ClassVar[int] = 32
@@ -56,7 +56,7 @@ class PoseResNet(PoseModel):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
-        """Return the heatmaps at a quarter of the input size; raises ModelError unless 32 divides that."""
+        """Return the heatmaps at a quarter of the input size; raise ModelError unless 32 divides the input size."""
         self.check_input(images)
         feature = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         feature = self.layer4(self.layer3(self.layer2(self.layer1(feature))))

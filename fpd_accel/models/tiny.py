@@ -1,7 +1,7 @@
 """Tiny: a residual U-shaped network that learns from scratch within minutes on two processor cores.
 
-For tests and first steps, after the pattern of U-Net (Ronneberger, Fischer, Brox, MICCAI 2015) with residual blocks
-(He, Zhang, Ren, Sun, CVPR 2016) and skips that are added, not joined. Shapes, with `width` = w:
+For tests and first steps. It follows U-Net (Ronneberger, Fischer, Brox, MICCAI 2015) with residual blocks (He, Zhang,
+Ren, Sun, CVPR 2016) and skips that are added instead of concatenated. Shapes, with `width` = w:
 
     images                3 channels, stride 1
     stem                  w at stride 4     two strided convolutions
@@ -9,8 +9,8 @@ For tests and first steps, after the pattern of U-Net (Ronneberger, Fischer, Bro
     up8, up4              back to 2w and w: 1x1 convolution, nearest upsampling, plus the skip, one residual block
     head                  keypoints at stride 4
 
-A residual block costs the same at every stride (a quarter of the positions, twice the channels both ways), so most of
-them sit at strides 8 and 16, where they see more of the person and touch less memory.
+A residual block costs the same at every stride (a quarter of the positions, twice the input and output channels), so
+most of them are at strides 8 and 16, where they see more of the person and need less memory.
 """
 
 from typing import ClassVar
@@ -19,19 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpd_accel.models.base import PoseModel
-
-
-def convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-    """Return a bias-free convolution with "same" padding and its normalisation."""
-    return [
-        nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    ]
+from fpd_accel.models.base import PoseModel, convolution
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity, ReLU after the sum; shape unchanged."""
+    """Two 3x3 convolutions beside an identity, with a ReLU after the sum; the shape stays."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,6 +32,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, feature: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch channel h w"]:
+        """Return the refined feature."""
         return F.relu(feature + self.change(feature), inplace=True)
 
 
@@ -53,7 +46,7 @@ def down(inputs: int, outputs: int, *, blocks: int) -> nn.Sequential:
 
 
 class Up(nn.Module):
-    """Bring the coarse features to the size and channels of the skip, add it, refine with a residual block."""
+    """Upsampling of coarse features to the size and channels of a skip, which is added, and a residual block."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -63,12 +56,13 @@ class Up(nn.Module):
     def forward(
         self, coarse: Float[Tensor, "batch inputs half_h half_w"], skip: Float[Tensor, "batch outputs h w"]
     ) -> Float[Tensor, "batch outputs h w"]:
+        """Return the refined sum of both features."""
         enlarged = F.interpolate(self.reduce(coarse), scale_factor=2, mode="nearest")
         return self.refine(F.relu(enlarged + skip, inplace=True))
 
 
 class TinyPose(PoseModel):
-    """The network above; one output. `width` is the number of channels at stride 4, an even number."""
+    """The network above, with one stage. `width` is the number of channels at stride 4, an even number."""
 
     input_multiple: ClassVar[int] = 16
     units: ClassVar[tuple[str, ...]] = ("ResidualBlock",)
@@ -89,7 +83,7 @@ class TinyPose(PoseModel):
         self.initialise()
 
     def initialise(self) -> None:
-        """He's initialisation; the head starts near zero, where nearly all of a heatmap is."""
+        """Draw He's initialisation; the head starts near zero, as nearly all of a heatmap is zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -100,7 +94,7 @@ class TinyPose(PoseModel):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
-        """Return the heatmaps at a quarter of the input size; raises ModelError unless 16 divides that."""
+        """Return the heatmaps at a quarter of the input size; raise ModelError unless 16 divides the input size."""
         self.check_input(images)
         stride4 = self.stem(images)
         stride8 = self.down8(stride4)

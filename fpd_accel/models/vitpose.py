@@ -1,4 +1,4 @@
-"""ViTPose: a plain vision transformer on patches of 16 pixels, and a small head that brings its features to stride 4.
+"""ViTPose: a plain vision transformer on patches of 16 pixels, and a small head that upsamples to stride 4.
 
 ViTPose: Simple Vision Transformer Baselines for Human Pose Estimation (Xu, Zhang, Zhang, Tao, NeurIPS 2022), section
 3.1, on the transformer of Dosovitskiy et al. (ICLR 2021); parameter names equal those of the published checkpoints.
@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from fpd_accel.errors import ModelError
 from fpd_accel.models.base import PoseModel
 
-PATCH = 16
-PATCH_PADDING = 2  # as published: windows of 16 pixels that begin 2 pixels outside the image
+PATCH = 16  # pixels
+PATCH_PADDING = 2  # pixels, as published: the first patch begins 2 pixels outside the image
 MLP_RATIO = 4
 HEAD_CHANNELS = 256
 EPSILON = 1e-6  # of the layer normalisations
 
 
 class Size(NamedTuple):
-    """Channels of a token, number of blocks, and attention heads in each."""
+    """Channels of a token, number of blocks, and attention heads of each block."""
 
     width: int
     depth: int
@@ -40,13 +40,14 @@ SIZES = {"s": Size(384, 12, 12), "b": Size(768, 12, 12), "l": Size(1024, 24, 16)
 
 
 class PatchEmbedding(nn.Module):
-    """From an image to one token per patch."""
+    """The convolution that turns an image into one token per patch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH, padding=PATCH_PADDING)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patch channel"]:
+        """Return the tokens, row by row."""
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
@@ -60,6 +61,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        """Return the tokens mixed by softmax attention."""
         # (batch, patch, 3 * channel) -> query, key and value, each (batch, head, patch, channel / heads)
         query, key, value = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(query, key, value)
@@ -67,7 +69,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers on each token alone, with a GELU between them."""
+    """Two linear layers on each token, with a GELU between them."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        """Return the mapped tokens."""
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
@@ -87,6 +90,7 @@ class Block(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(width, eps=EPSILON), MLP(width)
 
     def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
+        """Return the tokens after both parts."""
         tokens = tokens + self.attn(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -95,11 +99,11 @@ class VisionTransformer(nn.Module):
     """The backbone: blocks on a fixed grid of patches, whose positions are learned."""
 
     def __init__(self, size: Size, *, grid: tuple[int, int]) -> None:
-        """`grid` is the number of patches (down, across)."""
+        """Take the number of patches (down, across) as `grid`."""
         super().__init__()
         self.grid = grid
         self.patch_embed = PatchEmbedding(size.width)
-        # One row more than patches: pre-training had a class token, and its row is added to every patch.
+        # One row more than patches: pre-training had a class token; its row is added to every patch.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], size.width))
         self.blocks = nn.ModuleList(Block(size.width, heads=size.heads) for _ in range(size.depth))
         self.last_norm = nn.LayerNorm(size.width, eps=EPSILON)
@@ -107,6 +111,7 @@ class VisionTransformer(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch channel grid_height grid_width"]:
+        """Return the tokens after all blocks, on their grid."""
         tokens = self.patch_embed(images) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
         for block in self.blocks:
             tokens = block(tokens)
@@ -114,7 +119,7 @@ class VisionTransformer(nn.Module):
 
 
 class ClassicHead(nn.Module):
-    """Two bias-free transposed 4x4 convolutions, each of which doubles the size, then a 1x1 convolution."""
+    """Two bias-free transposed 4x4 convolutions, which double the size each, then a 1x1 convolution."""
 
     def __init__(self, inputs: int, num_keypoints: int) -> None:
         super().__init__()
@@ -129,6 +134,7 @@ class ClassicHead(nn.Module):
         self.final_layer = nn.Conv2d(HEAD_CHANNELS, num_keypoints, kernel_size=1)
 
     def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
+        """Return the heatmaps at stride 4."""
         return self.final_layer(self.deconv_layers(features))
 
 
@@ -140,12 +146,13 @@ class SimpleHead(nn.Module):
         self.final_layer = nn.Conv2d(inputs, num_keypoints, kernel_size=3, padding=1)
 
     def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
+        """Return the heatmaps at stride 4."""
         enlarged = F.interpolate(F.relu(features), scale_factor=4, mode="bilinear", align_corners=False)
         return self.final_layer(enlarged)
 
 
 class ViTPose(PoseModel):
-    """A vision transformer of one of `SIZES` with a classic or simple head, for images of one size; one output."""
+    """A vision transformer of one of `SIZES` with a classic or simple head, for images of one size; one stage."""
 
     input_multiple: ClassVar[int] = PATCH
     units: ClassVar[tuple[str, ...]] = ("Block",)
@@ -158,7 +165,7 @@ class ViTPose(PoseModel):
         head: Literal["classic", "simple"] = "classic",
         input_size: tuple[int, int] = (256, 192),
     ) -> None:
-        """`input_size` is (height, width) in pixels; raises ModelError unless 16 divides both."""
+        """Take `input_size` as (height, width) in pixels; raise ModelError unless 16 divides both."""
         super().__init__(num_keypoints)
         height, width = self.input_size = input_size
         if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
@@ -172,21 +179,16 @@ class ViTPose(PoseModel):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
-        """Return the heatmaps at a quarter of the input size; raises ModelError for any other than `input_size`."""
+        """Return the heatmaps at a quarter of the input size; raise ModelError for another than `input_size`."""
         self.check_input(images)
-        height, width = images.shape[-2:]
-        if (height, width) != self.input_size:
-            raise ModelError(
-                f"this ViTPose has positions for {self.input_size[0]} x {self.input_size[1]} (height x width), not for "
-                f"images of {height} x {width}; create it with input_size=({height}, {width})"
-            )
+        self.check_size(images, self.input_size)
         return (self.keypoint_head(self.backbone(images)),)
 
 
 def initialise(module: nn.Module) -> None:
     """Draw linear layers from a truncated N(0, 0.02) and the head from N(0, 0.001), with zero bias, as published.
 
-    Normalisations keep 1 and 0, and the patches' convolution PyTorch's own initialisation.
+    Normalisations keep 1 and 0, and the patch convolution keeps PyTorch's initialisation.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""What a dead process has left on the disk, where it was when it died, and whether two runs came to the same end."""
+"""Read run directories: the phase in which a process was killed, damaged checkpoints, differences of two runs."""
 
 import json
 import os
@@ -21,17 +21,17 @@ SAVES = ("writing", "flushing", "renamed", "pruning")  # the phases of a save, i
 PHASES = (*SAVES, "startup", "between steps", "evaluation")
 
 
-class Fault(Exception):  # noqa: N818 - the word for what all this looks for
-    """Something came out that should not have."""
+class Fault(Exception):  # noqa: N818 - the field's word
+    """A violated expectation: the result of a kill differs from what is guaranteed."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A run directory."""
+    """The state of a run directory."""
 
     whole: tuple[str, ...]  # names of the checkpoints, oldest first
     hidden: frozenset[str]  # staged ones and half-removed ones
-    flushing: frozenset[str]  # those staged that have a manifest
+    flushing: frozenset[str]  # staged ones that have a manifest
     latest: str | None
     metrics: int | None  # inode of metrics.jsonl: each start replaces it
     step: int  # of the last record
@@ -39,7 +39,7 @@ class Disk:
 
     @property
     def newest(self) -> int:
-        """Step of the newest checkpoint; 0: there is none."""
+        """Return the step of the newest checkpoint; 0 if there is none."""
         return int(self.whole[-1].removeprefix("step_")) if self.whole else 0
 
 
@@ -68,16 +68,18 @@ def listing(folder: Path) -> set[str]:
 def records(run: Path) -> Iterator[dict[str, Any]]:
     with suppress(FileNotFoundError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(json.JSONDecodeError):  # the line that a killed run was writing
+            with suppress(json.JSONDecodeError):  # the line that was being written
                 yield json.loads(line)
 
 
 def phase(before: Disk, after: Disk, *, stale: set[str], evaluations: set[int]) -> str:
-    """Where a process was when it died.
+    """Return the phase in which a process was killed.
 
     Args:
-        stale: hidden names that were there all the time from its start to its end: another one left them.
-        evaluations: the steps after which it evaluates.
+        before: The run directory when the process started.
+        after: The run directory when it had ended.
+        stale: Hidden names that existed all the time in between: an earlier process left them.
+        evaluations: The steps after which the run evaluates.
     """
     fresh = after.hidden - stale
     new = [name for name in after.whole if name not in before.whole]
@@ -93,15 +95,18 @@ def phase(before: Disk, after: Disk, *, stale: set[str], evaluations: set[int]) 
 
 
 def inspect(run: Path, before: Disk, after: Disk, *, expected: dict[str, dict[str, str]] | None) -> None:
-    """Whatever a kill may do to the checkpoints of a run, some things hold.
+    """Check what has to hold for the checkpoints of a run after any kill.
 
     Args:
-        expected: :func:`manifests` of the undisturbed run, where equal bytes are to be expected.
+        run: The run directory.
+        before: Its state when the killed process started.
+        after: Its state when that had ended.
+        expected: The `manifests` of the undisturbed run, if equal bytes are expected.
 
     Raises:
-        Fault: one of them does not.
+        Fault: A checkpoint is damaged or lost, or `latest` names a wrong one.
     """
-    from fpd_accel.checkpoint import newest_whole, problem
+    from fpd_accel.training.checkpoint import newest_whole, problem
 
     folder = run / "checkpoints"
     if after.newest < before.newest:
@@ -121,13 +126,13 @@ def inspect(run: Path, before: Disk, after: Disk, *, expected: dict[str, dict[st
 
 
 def manifest(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of each file of tensors."""
+    """Return the SHA-256 of each file of tensors, from the checkpoint's manifest."""
     files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
     return {name: files[f"{name}.safetensors"]["sha256"] for name in TENSORS}
 
 
 def manifests(run: Path) -> dict[str, dict[str, str]]:
-    """Of all checkpoints of a run, of which only the last is left."""
+    """Return the manifests of all checkpoints of a run, and remove the checkpoints but the last."""
     found = sorted((run / "checkpoints").glob("step_*"))
     listed = {checkpoint.name: manifest(checkpoint) for checkpoint in found}
     for checkpoint in found[:-1]:
@@ -136,12 +141,12 @@ def manifests(run: Path) -> dict[str, dict[str, str]]:
 
 
 def compare(whole: Path, killed: Path, *, tolerance: float) -> float:
-    """The largest difference of running statistics, up to ``tolerance``; everything else is equal bit for bit.
+    """Compare two finished runs bit for bit, and return the largest difference of running statistics.
 
-    Where statistics differ, the scores that hang on them are not compared.
+    Running statistics may differ by up to `tolerance`; if they do, the scores that depend on them are not compared.
 
     Raises:
-        Fault: it is not.
+        Fault: The runs differ in anything else.
     """
     if (files := lasting(whole)) != lasting(killed):
         raise Fault(f"{killed}: other files than in {whole}: {sorted(files ^ lasting(killed))}")
@@ -167,16 +172,16 @@ def compare(whole: Path, killed: Path, *, tolerance: float) -> float:
 
 
 def lasting(run: Path) -> set[str]:
-    """The files of a run that do not hang on how often it was started, by their path in it."""
+    """Return the paths, within a run, of the files that do not depend on how often it was started."""
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     return {name for name in names if not name.startswith(("checkpoints/", "tensorboard/"))}
 
 
 def difference(one: Path, other: Path) -> float:
-    """Of two files of tensors: the largest of running statistics.
+    """Return the largest difference of running statistics between two files of tensors.
 
     Raises:
-        Fault: anything else differs.
+        Fault: Any other tensor differs.
     """
     from safetensors.torch import load_file
 

@@ -1,22 +1,22 @@
-"""Kills a training run over and over, and asks whether what comes out is what an undisturbed run gives.
+"""Kill a training run again and again, and compare its results with those of an undisturbed run.
 
     python tests/faults/kills.py --kills 200
     python tests/faults/kills.py --kills 20 --ranks 2
 
 A tiny distillation (EMA, AdamW, cosine, evaluations, trained batch normalisation, a loader process, checkpoints written
-in the background every three steps) is trained once by ``python recipes/distill.py --config RECIPE`` and left alone.
-Then the same recipe under another ``run.name`` is started, killed by SIGKILL and started again by the same command,
-until so many kills are done; the last start runs to the end. On one rank at least half of the kills, if they are many,
-fall inside a save. That is not what was aimed at but what the disk shows after the process is gone: a staged checkpoint
-that was not there before, a new one that ``latest`` does not name yet, or old ones not yet pruned.
+in the background every three steps) is trained once by `python recipes/distill.py --config RECIPE`, undisturbed. Then
+the same recipe under another `run.name` is started, killed by SIGKILL and started again by the same command, until the
+number of kills is reached; the last start runs to the end. On one rank at least half of the kills, if they are many,
+fall inside a save. The phase is read from the disk after the process has ended: a staged checkpoint that was not there
+before, a new one that `latest` does not name yet, or old ones not yet pruned.
 
-After every kill each ``step_N`` verifies and, on one rank, has the bytes of the undisturbed run's; the newest is no
-older than before; ``latest`` names it or the one before it. At the end weights, EMA, optimizer, ``best/``, ``final/``,
-scores and every value of the curve are the undisturbed run's.
+After every kill each `step_N` verifies and, on one rank, has the bytes of the undisturbed run's; the newest is no older
+than before; `latest` names it or the one before it. At the end weights, EMA, optimizer, `best/`, `final/`, scores and
+every value of the curve are those of the undisturbed run.
 
 An interpreter takes seconds to import torch. So on one rank each start of the killed run is a fork of this process,
-which has imported everything, started no thread and touched no tensor; what it runs is ``recipes/distill.py`` as
-``__main__``. With ``--exec`` it is the command itself each time. Several ranks are always started by torchrun.
+which has imported everything, started no thread and used no tensor; the fork runs `recipes/distill.py` as `__main__`.
+With `--exec` every start is the command itself. Several ranks are always started by torchrun.
 """
 
 import argparse
@@ -37,25 +37,21 @@ from typing import Any
 
 from disk import PHASES, SAVES, Disk, Fault, compare, inspect, listing, look, manifests, phase, records
 from material import EVERY, prepare
-from starts import ENVIRONMENT, ROOT, Start, fork_off, living
+from starts import ENVIRONMENT, IMPORTS, ROOT, Start, fork_off, living
 
-STATISTICS = 1e-6  # running statistics on several ranks: how far rounding may take them
-MANY = 20  # kills, of which half must fall inside saves; where a few fall is chance
+STATISTICS = 1e-6  # tolerance of running statistics on several ranks, absolute
+MANY = 20  # from this number of kills on, half have to fall inside saves; the phases of a few are chance
 PATIENCE = 600.0  # seconds for a start to reach its kill
-IMPORTS = (
-    "fpd_accel.run", "fpd_accel.data.synthetic", "torch.utils.tensorboard", "torch.distributed.checkpoint",
-    "pycocotools.cocoeval", "safetensors.torch",
-)  # fmt: skip
 
 
 @dataclass
 class Tally:
-    """What was done to the run."""
+    """Counts of what was done to the run."""
 
     phases: Counter[str] = field(default_factory=Counter)
     victims: Counter[str] = field(default_factory=Counter)
     resumes: int = 0
-    repeated: int = 0  # steps that were taken and lost
+    repeated: int = 0  # steps that were lost and taken again
     verified: int = 0  # checkpoints
     slowest_end: float = 0.0  # seconds from a kill until the launcher had ended
 
@@ -75,16 +71,16 @@ class Experiment:
         self.work, self.wanted, self.seed, self.ranks = work, kills, seed, ranks
         self.fork = fork and ranks == 1
         self.random = random.Random(seed)
-        self.steps = EVERY * (kills + 12) * (1 if ranks == 1 else 3)  # a start of ranks gets further before its kill
+        self.steps = EVERY * (kills + 12) * (1 if ranks == 1 else 3)  # several ranks get further before a kill
         self.tally, self.sessions, self.deviation = Tally(), set[int](), 0.0
-        # Seconds, learnt on the way: to the first save of a start, from one to the next, of one.
+        # Seconds, estimated from the starts so far: to the first save, from one save to the next, of one save.
         self.startup, self.cycle, self.saving = (5.0, 1.0, 0.1) if ranks == 1 else (10.0, 1.0, 0.1)
 
     def run(self) -> None:
-        """Do it all.
+        """Run the experiment.
 
         Raises:
-            Fault: anything is not as it should be.
+            Fault: A guarantee is violated.
         """
         for name in IMPORTS:
             import_module(name)
@@ -100,7 +96,7 @@ class Experiment:
         self.deviation = compare(whole, killed, tolerance=STATISTICS if self.ranks > 1 else 0.0)
         if self.ranks == 1 and 2 * self.tally.inside < self.tally.kills >= MANY:
             raise Fault(f"{self.tally.inside} of {self.tally.kills} kills fell inside a save: fewer than half")
-        self._nobody_is_left()
+        self._wait_for_loaders()
 
     def _in_a_fork(self, function: Any) -> None:
         log = self.work / "prepare.log"
@@ -110,7 +106,7 @@ class Experiment:
 
     def _to_the_end(self, start: Start) -> None:
         if start.wait(PATIENCE + 5.0 * self.steps):
-            raise Fault(f"ended with code {start.code}:\n{start.said()}")
+            raise Fault(f"ended with code {start.code}:\n{start.output()}")
 
     def _start(self) -> Start:
         start = Start(self.work / "killed.yaml", self.work / "killed.log", ranks=self.ranks, fork=self.fork)
@@ -118,8 +114,8 @@ class Experiment:
         return start
 
     def _kill_once(self, run: Path, before: Disk) -> Disk:
-        """Start, wait for the moment, kill, look; what the disk is like then."""
-        # A start that finishes no save brings the run no nearer to its end: so it does not end before the kills do.
+        """Start the run, kill it at a random moment, check the run directory, and return its state."""
+        # A start that finishes no save brings the run no nearer to its end, so that the run does not end too early.
         ahead = before.newest / self.steps > self.tally.kills / self.wanted
         missing = self.wanted / 2 + 1 - self.tally.inside
         aimed = self.random.random() < 1.2 * missing / (self.wanted - self.tally.kills)
@@ -138,7 +134,7 @@ class Experiment:
             if start.running():
                 start.kill_all()
         if self.ranks > 1:
-            after = look(run)  # a rank that lived on has come to the end of its save
+            after = look(run)  # a surviving rank has finished its save
         self.tally.slowest_end = max(self.tally.slowest_end, time.monotonic() - began)
         self.tally.phases[died] += 1
         self.tally.resumes += bool(before.whole)
@@ -146,10 +142,8 @@ class Experiment:
         if after.metrics != before.metrics:
             self.tally.repeated += max(0, after.step - after.newest)
         inspect(run, before, after, expected=self.expected if self.ranks == 1 else None)
-        said = (
-            f"kill {self.tally.kills}: {died}; at step {after.step}, newest checkpoint {after.newest} of {self.steps}"
-        )
-        print(said, file=sys.stderr, flush=True)
+        place = f"at step {after.step}, newest checkpoint {after.newest} of {self.steps}"
+        print(f"kill {self.tally.kills}: {died}; {place}", file=sys.stderr, flush=True)
         return after
 
     def _kill(self, start: Start) -> None:
@@ -170,8 +164,8 @@ class Experiment:
                 return
 
     def _until_save(self, start: Start, run: Path, stale: set[str], number: int) -> None:
-        """Until somewhere inside the save of this number, counted from the start."""
-        # Renaming and pruning take a moment, which has to be waited for at the door.
+        """Wait until a random moment inside the save of this number, counted from the start."""
+        # Renaming and pruning are short: the poll has to be fast.
         moment = self.random.choices(("writing", "renamed", "pruning"), (0.6, 0.2, 0.2))[0]
         fraction = self.random.uniform(0, 1.1)
         before, began, saves = set[str](), time.monotonic(), 0
@@ -184,7 +178,7 @@ class Experiment:
                 saves, began = saves + 1, time.monotonic()
             elif before and not now:
                 self.saving += 0.2 * (seconds - self.saving)
-                if saves >= number + (moment == "pruning"):  # that may be over before it was seen: once more, then
+                if saves >= number + (moment == "pruning"):  # pruning may be over before it is seen: wait once more
                     return
             if saves >= number and moment == "pruning" and hidden - now:
                 return
@@ -193,19 +187,19 @@ class Experiment:
             before = now
 
     def _hidden(self, start: Start, run: Path, stale: set[str], *, pause: float) -> Iterator[set[str]]:
-        """What is being staged and removed, again and again; from ``stale`` go the names that do not stay."""
+        """Yield again and again the names that are being staged and removed; drop those that vanish from `stale`."""
         deadline = time.monotonic() + PATIENCE
         while start.running():
             names = listing(run / "checkpoints")
             stale &= names
             yield {name for name in names - stale if name.endswith((".writing", ".removing"))}
             if time.monotonic() > deadline:
-                raise Fault(f"nothing to kill within {PATIENCE:.0f} s:\n{start.said()}")
+                raise Fault(f"nothing to kill within {PATIENCE:.0f} s:\n{start.output()}")
             time.sleep(pause)
-        raise Fault(f"ended by itself with code {start.code}:\n{start.said()}")
+        raise Fault(f"ended by itself with code {start.code}:\n{start.output()}")
 
-    def _nobody_is_left(self) -> None:
-        """Loader processes whose trainer was killed end by themselves."""
+    def _wait_for_loaders(self) -> None:
+        """Check that the loader processes of killed trainers end by themselves."""
         deadline = time.monotonic() + 30
         while left := living(self.sessions):
             if time.monotonic() > deadline:
@@ -252,13 +246,13 @@ def show(values: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--ranks", type=int, default=1, help="more than one: under torchrun, over gloo")
     parser.add_argument("--exec", action="store_true", help="start the command itself each time, without a fork")
-    parser.add_argument("--work", type=Path, help="an empty folder, which stays; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="an empty folder, which is kept; default: a temporary one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):  # read at import: begin again
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):  # read at import: start again
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     began = time.monotonic()
     work = arguments.work or Path(tempfile.mkdtemp(prefix="kills_"))
@@ -271,7 +265,7 @@ def main() -> int:
     try:
         experiment.run()
     except Fault as fault:
-        print(f"FAULT after {experiment.tally.kills} kills: {fault}\nEverything is in {work}.", file=sys.stderr)
+        print(f"FAULT after {experiment.tally.kills} kills: {fault}\nAll files are in {work}.", file=sys.stderr)
         return 1
     values = experiment.figures() | {"wall time (s)": round(time.monotonic() - began)}
     show(values)

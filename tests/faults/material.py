@@ -1,4 +1,4 @@
-"""What the killed run and the undisturbed one are made of: people, a teacher, and the two recipes."""
+"""Write people, a teacher and the recipes of the killed run and of the undisturbed one."""
 
 from pathlib import Path
 
@@ -7,18 +7,18 @@ KEEP = 2
 
 
 def prepare(work: Path, *, steps: int) -> None:
-    """Write all of it into a folder, for runs of so many steps.
+    """Write everything into the folder `work`, for runs of that many steps.
 
-    The run held out is scored on people it has seen, so that its scores rise and ``best/`` is written often.
+    The runs are evaluated on people that they train on, so that scores rise and `best/` is written often.
     """
     import torch
     import yaml
 
     from fpd_accel.data.coco import prepare_coco
-    from fpd_accel.data.synthetic import draw_dataset
-    from fpd_accel.model_folder import ModelConfig, save_model
-    from fpd_accel.models import create_model
+    from fpd_accel.models.create import create_model
     from fpd_accel.skeleton import COCO
+    from fpd_accel.synthetic.dataset import draw_dataset
+    from fpd_accel.weights.model_folder import ModelConfig, save_model
 
     for name, images in (("train", 12), ("valid", 6)):
         drawn = draw_dataset(work / name / "coco", images=images, seed=0, image_size=(120, 160))

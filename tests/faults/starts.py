@@ -1,4 +1,4 @@
-"""One start of ``recipes/distill.py``, in a session of its own, and the ways to kill it."""
+"""Start `recipes/distill.py` in a session of its own, and kill it in different ways."""
 
 import atexit
 import os
@@ -19,11 +19,16 @@ DISTILL = ROOT / "recipes" / "distill.py"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
-KNOWN_THREADS = {"jemalloc_bg_thd"}  # pyarrow's allocator, which knows what to do about a fork
+# Modules to import before a fork.
+IMPORTS = (
+    "fpd_accel.training.run", "fpd_accel.synthetic.dataset", "torch.utils.tensorboard", "torch.distributed.checkpoint",
+    "pycocotools.cocoeval", "safetensors.torch", "datasets.config",
+)  # fmt: skip
+KNOWN_THREADS = {"jemalloc_bg_thd"}  # of pyarrow's allocator, which handles forks itself
 
 
 class Start:
-    """The command as a process of its own, or as a fork of this one, which has imported everything."""
+    """The command in a process of its own, or in a fork of this process, which has imported everything."""
 
     def __init__(self, recipe: Path, log: Path, *, ranks: int = 1, fork: bool = False) -> None:
         self.log, self.ranks = log, ranks
@@ -50,22 +55,22 @@ class Start:
         return self.code is None
 
     def wait(self, seconds: float) -> int:
-        """The exit code.
+        """Wait for the end and return the exit code.
 
         Raises:
-            Fault: it took longer.
+            Fault: The command runs longer.
         """
         deadline = time.monotonic() + seconds
         while self.running():
             if time.monotonic() > deadline:
                 self.kill_all()
-                raise Fault(f"still running after {seconds:.0f} s:\n{self.said()}")
+                raise Fault(f"still running after {seconds:.0f} s:\n{self.output()}")
             time.sleep(0.005)
         assert self.code is not None
         return self.code
 
     def kill_all(self) -> None:
-        """Every process at once; the launcher first, lest it do something about the death of its ranks."""
+        """Kill all processes at once; the launcher first, so that it cannot react to the end of its ranks."""
         for process in (self.pid, *descendants(self.pid)):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -73,15 +78,15 @@ class Start:
     def kill_group(self) -> None:
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:  # just forked, and not yet in a group of its own
+        except ProcessLookupError:  # just forked, not yet in a group of its own
             os.kill(self.pid, signal.SIGKILL)
 
     def kill_trainer(self) -> None:
-        """That process alone: its loaders have to notice."""
+        """Kill the trainer alone: its loader processes have to notice."""
         os.kill(self.pid, signal.SIGKILL)
 
     def kill_rank(self, rank: int) -> None:
-        """One of the launcher's, or all where they are not all there yet."""
+        """Kill one rank of the launcher, or all processes if not all ranks have started."""
         ranks = sorted(process for process in descendants(self.pid) if int(fields(process)[1]) == self.pid)
         if len(ranks) != self.ranks:
             self.kill_all()
@@ -90,14 +95,15 @@ class Start:
         while fields(ranks[rank])[0] not in ("Z", "-"):
             time.sleep(0.001)
 
-    def said(self) -> str:
+    def output(self) -> str:
+        """Return the last 30 lines of the output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
 
 def fork_off(function: Callable[[], None], log: Path) -> int:
-    """The process id of a fork that does something, in a session of its own, and ends as a program would.
+    """Call a function in a fork, in a session of its own that ends as a program does; return the process id.
 
-    This process must not have threads: of them a fork has none, and waits for ever for what they held.
+    This process must not have threads: a fork has none of them, and would wait forever for locks that they held.
     """
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
     assert threads <= KNOWN_THREADS | {Path("/proc/self/comm").read_text().strip()}, threads
@@ -118,13 +124,13 @@ def fork_off(function: Callable[[], None], log: Path) -> int:
         code = end.code
     except BaseException:
         traceback.print_exc()
-    finally:  # never back into the stack of the parent
+    finally:  # never return into the parent's stack
         atexit._run_exitfuncs()
         os._exit(int(code or 0))
 
 
 def fields(process: int) -> list[str]:
-    """State, parent, group and session of a process; the state is "-" where there is none."""
+    """Return state, parent, group and session of a process; the state is "-" if there is no such process."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:4]
     except OSError:
@@ -136,14 +142,14 @@ def processes() -> dict[int, list[str]]:
 
 
 def descendants(process: int) -> list[int]:
-    found, everybody = [process], processes()
+    found, running = [process], processes()
     for ancestor in found:
-        found += [other for other, (_, parent, *_) in everybody.items() if int(parent) == ancestor]
+        found += [other for other, (_, parent, *_) in running.items() if int(parent) == ancestor]
     return found[1:]
 
 
 def living(sessions: set[int]) -> list[int]:
-    """Processes of these sessions."""
+    """Return the running processes of these sessions."""
     return [
         process
         for process, (state, *_, session) in processes().items()

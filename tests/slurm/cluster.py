@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this host: munged, slurmctld and two slurmd out of one temporary folder."""
+"""A Slurm cluster of two nodes on this host: munged, slurmctld and two slurmd in one temporary folder."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from pathlib import Path
 
 TEMPLATE = Path(__file__).with_name("slurm.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-INSTALLING = 300  # seconds that apt-get may take over each of two commands
+INSTALLING = 300  # seconds for each of two apt-get commands
 PACKAGES = ("slurm-wlm", "slurm-client", "munge")
 
 
 def why_not() -> str | None:
-    """What keeps a cluster from running here, after Debian's packages were installed where that is possible."""
+    """Return the reason why no cluster can run here, or None; install Debian's packages if necessary and possible."""
     if os.geteuid() != 0:
         return "only root can start Slurm's daemons"
     if missing() and (problem := install()) is not None:
@@ -23,12 +23,12 @@ def why_not() -> str | None:
 
 
 def missing() -> list[str]:
-    """The programs that are not to be found."""
+    """Return the programs that are not installed."""
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
 def install() -> str | None:
-    """Install Debian's packages; why that did not work, or None."""
+    """Install Debian's packages; return the reason if that fails, else None."""
     if shutil.which("apt-get") is None:
         return f"no Slurm, and no apt-get to install {', '.join(PACKAGES)}"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -45,7 +45,7 @@ def install() -> str | None:
 
 
 class Cluster:
-    """Start on entry, stop on exit; ``run`` calls Slurm's commands on it."""
+    """A cluster that starts on entry and stops on exit; `run` calls Slurm's commands on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,7 +88,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Jobs first, so that no task outlives its daemon; then the daemons, last started first."""
+        """End the jobs, so that no task outlives its daemon; then the daemons in reverse order."""
         if len(self._daemons) == 4:
             self.cancel_all()
         for daemon in reversed(self._daemons):
@@ -101,7 +101,7 @@ class Cluster:
         self._daemons.clear()
 
     def run(self, *command: str, check: bool = True, **variables: str) -> str:
-        """What a command prints; it inherits ``variables`` besides the environment."""
+        """Run a command with `variables` besides the environment, and return its stdout."""
         done = subprocess.run(
             command, env={**self.environment, **variables}, capture_output=True, text=True, timeout=120, check=False
         )
@@ -109,12 +109,12 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What ``scontrol show job`` says of a job: JobState, Restarts, ExitCode, ..."""
+        """Return the fields that `scontrol show job` prints: JobState, Restarts, ExitCode and more."""
         words = self.run("scontrol", "show", "job", number, "--oneliner").split(" ")
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """The job, as soon as it is in one of these states; every other final state is a failure."""
+        """Wait until a job is in one of these states and return its fields; any other final state is a failure."""
         final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
@@ -126,7 +126,7 @@ class Cluster:
         return job
 
     def cancel_all(self) -> None:
-        """Until no job is left, running or waiting; KillWait ends those that do not end themselves."""
+        """Cancel all jobs and wait for their end; KillWait ends those that do not end themselves."""
         deadline = time.monotonic() + 30
         while self.run("squeue", "--noheader", check=False) and time.monotonic() < deadline:
             self.run("scancel", "--user=root", check=False)
@@ -153,7 +153,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
+    """Return ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:

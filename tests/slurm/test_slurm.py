@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real two-node cluster: a run that is interrupted ends as if nothing had happened."""
+"""`launch/slurm.sbatch` on a cluster of two nodes: an interrupted run ends as an undisturbed one does."""
 
 import json
 import os
@@ -15,13 +15,13 @@ import pytest
 import yaml
 from cluster import Cluster, why_not
 
-from fpd_accel.checkpoint import newest_whole, read_state
+from fpd_accel.training.checkpoint import newest_whole, read_state
 
 ROOT = Path(__file__).parents[2]
 STEPS = 400
 CURVE = ("step", "train_loss", "train_pose_loss", "train_acc", "lr")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    """Where runs and logs go; in it the recipe of a run of seconds, and what activates this environment."""
+    """Return the folder of runs and logs, with the recipe of a short run and a script that activates this Python."""
     folder = tmp_path_factory.mktemp("jobs")
     values = {
         "run": {"name": "job", "root": str(folder)},
         "data": {"train": str(tiny_shards), "input_size": [64, 64], "workers": 1},
         "student": {"arch": "tiny_w8"},
         "distill": {"mode": "normal"},
-        "train": {"steps": STEPS, "global_batch": 4, "freeze_norm": True},  # statistics would come back as a mean
+        "train": {
+            "steps": STEPS,
+            "global_batch": 4,
+            "freeze_norm": True,
+        },  # ranks have statistics of their own
         "optim": {"lr": 0.001, "schedule": "cosine"},
-        "log": {"every_steps": 1, "pictures_every_steps": None, "tensorboard": False},
-        "checkpoint": {"every_steps": 1000},  # none but those that a signal asks for, and the last
+        "log": {"every_steps": 1, "pictures_every_steps": None, "trackers": []},
+        "checkpoint": {"every_steps": 1000},  # only on a signal and at the end
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     (folder / "activate").write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
@@ -54,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def submit(cluster: Cluster, folder: Path) -> Callable[..., str]:
-    """A function that submits the run of a name, one process on each of two nodes, and returns the job's number."""
+    """Return a function that submits a run by name, one process on each of two nodes, and returns the job's number."""
 
     def submit(name: str, *overrides: str) -> str:
         return cluster.run(
@@ -73,7 +77,7 @@ def no_job_left(cluster: Cluster) -> Iterator[None]:
 
 
 def curve(run: Path) -> np.ndarray:
-    """Step and values of every training step, (steps, values)."""
+    """Return the values of every training step, (steps, values); the first is the step."""
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return np.array([[record[name] for name in CURVE] for record in records if record["kind"] == "train"])
 
@@ -87,7 +91,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 200) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, submit: Callable[..., str], folder: Path) -> np.ndarray:
-    """The curve of the run that is not interrupted."""
+    """Return the curve of a run that is not interrupted."""
     job = cluster.wait(submit("undisturbed"), "COMPLETED")
     assert (job["NumNodes"], job["NumTasks"], job["Restarts"], job["ExitCode"]) == ("2", "2", "0", "0:0")
     assert "(2 x 2, accumulated 1 times)" in (folder / "undisturbed.log").read_text()
@@ -97,12 +101,12 @@ def undisturbed(cluster: Cluster, submit: Callable[..., str], folder: Path) -> n
 
 
 def assert_resumed_to_the_same_end(cluster: Cluster, number: str, folder: Path, name: str, whole: np.ndarray) -> None:
-    """The job has been started a second time, where it was; its curve is the one of a run without the interruption."""
+    """Check that a job was started a second time, has resumed, and has the curve of an uninterrupted run."""
     job = cluster.wait(number, "COMPLETED")
     assert (job["Restarts"], job["ExitCode"]) == ("1", "0:0")
-    said = (folder / f"{name}.log").read_text()
-    assert "saved at step" in said
-    assert "resuming" in said
+    log = (folder / f"{name}.log").read_text()
+    assert "saved at step" in log
+    assert "resuming" in log
     np.testing.assert_array_equal(curve(folder / name), whole)
 
 
@@ -120,7 +124,7 @@ def test_signal_before_the_time_is_up_requeues_and_resumes(
     assert_resumed_to_the_same_end(cluster, number, folder, "preempted", undisturbed)
 
 
-def test_job_that_gives_way_to_another_resumes_after_it(
+def test_a_preempted_job_resumes_after_the_urgent_one(
     cluster: Cluster, submit: Callable[..., str], folder: Path, undisturbed: np.ndarray
 ) -> None:
     number = submit("displaced")
@@ -191,7 +195,7 @@ def test_killed_process_ends_the_job(cluster: Cluster, submit: Callable[..., str
 
 
 def task(job: str, *, rank: int) -> int:
-    """Process id of a job's task: the oldest process with both numbers in its environment."""
+    """Return the process id of a job's task: the oldest process with both numbers in its environment."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"WORLD_SIZE=2"}
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):

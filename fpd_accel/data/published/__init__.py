@@ -1,0 +1,1 @@
+"""Datasets published as Parquet: writing, downloading and streaming them."""

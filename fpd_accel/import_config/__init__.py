@@ -1,0 +1,1 @@
+"""Convert experiment files of the original repositories to recipes."""

@@ -1,0 +1,1 @@
+"""Synthetic people: COCO keypoint datasets drawn from a seed."""

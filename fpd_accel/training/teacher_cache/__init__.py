@@ -1,0 +1,1 @@
+"""The teacher's outputs for fixed views of each person, computed once before training."""

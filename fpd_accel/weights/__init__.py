@@ -1,0 +1,1 @@
+"""Weights files: reading, converting and recognising them; and model folders."""
