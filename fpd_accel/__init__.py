@@ -40,23 +40,9 @@ _MODULES = ("codecs", "decode", "losses", "metrics")
 
 __version__ = "0.2.0"
 __all__ = [
-    "Distiller",
-    "Predictor",
-    "Shards",
-    "Teacher",
-    "Trainer",
-    "codecs",
-    "create_model",
-    "decode",
-    "evaluate",
-    "load_model",
-    "load_recipe",
-    "load_weights",
-    "losses",
-    "metrics",
-    "prepare_coco",
-    "prepare_mpii",
-]
+    "Distiller", "Predictor", "Shards", "Teacher", "Trainer", "codecs", "create_model", "decode", "evaluate",
+    "load_model", "load_recipe", "load_weights", "losses", "metrics", "prepare_coco", "prepare_mpii",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -55,9 +55,7 @@ class HeatmapCodec:
         return self.kind == "udp"
 
     def encode(
-        self,
-        keypoints: Float[Tensor, "batch joint 2"],
-        visible: Shaped[Tensor, "batch joint"],
+        self, keypoints: Float[Tensor, "batch joint 2"], visible: Shaped[Tensor, "batch joint"]
     ) -> tuple[Float32[Tensor, "batch joint height width"], Weights]:
         """Return heatmaps in [0, 1] and the weight of each in the loss.
 

@@ -39,10 +39,9 @@ def fail(error: UserError) -> int:
 
     Rank 0 prints it; another rank only if the error is marked `this_rank_only`.
     """
-    if is_main_process():
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-    elif error.this_rank_only:
-        console.print(f"[red]error (rank {os.environ['RANK']}):[/red] {escape(str(error))}", soft_wrap=True)
+    if is_main_process() or error.this_rank_only:
+        rank = "" if is_main_process() else f" (rank {os.environ['RANK']})"
+        console.print(f"[red]error{rank}:[/red] {escape(str(error))}", soft_wrap=True)
     return 2
 
 

@@ -15,20 +15,17 @@ from torch.nn import functional as F
 
 from fpd_accel.codecs import PoseCodec, SimCCCodec
 from fpd_accel.errors import UserError
-from fpd_accel.outputs import BINS_PER_PIXEL, Output, SimCC
+from fpd_accel.outputs import BINS_PER_PIXEL, Heatmaps, Output, Scalar, SimCC
 
 Refinement = Literal["none", "quarter", "dark"]
-Decoded = tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]
+Places = Float32[Tensor, "batch joint 2"]
+Decoded = tuple[Places, Float32[Tensor, "batch joint"]]
+OfRegion = Float[Tensor, "batch 2"]  # (x, y) or (width, height) of the region of each crop, image pixels
 FlipIndex = Int[Tensor, " joint"] | Sequence[int]
 
 
 def decode(
-    output: Output,
-    codec: PoseCodec,
-    centers: Float[Tensor, "batch 2"],
-    sizes: Float[Tensor, "batch 2"],
-    *,
-    refine: Refinement | None = None,
+    output: Output, codec: PoseCodec, centers: OfRegion, sizes: OfRegion, *, refine: Refinement | None = None
 ) -> Decoded:
     """Return keypoints in image pixels and their scores, from the output of any network.
 
@@ -50,12 +47,8 @@ def decode(
 def fuse(output: Output, flipped: Output, codec: PoseCodec, flip_index: FlipIndex, *, shift: bool = True) -> Output:
     """Average the output for an image with the output for its mirror image, mapped back.
 
-    Args:
-        output: Output for the image.
-        flipped: Output for the mirror image.
-        codec: The codec that the network was trained with.
-        flip_index: Permutation that exchanges left and right keypoints.
-        shift: Whether to shift mirrored heatmaps by one cell, see `flip_back`; UDP and SimCC never shift.
+    The permutation `flip_index` exchanges left and right keypoints. With `shift` mirrored heatmaps are shifted by one
+    cell, see `flip_back`; UDP and SimCC never shift.
     """
     if isinstance(output, SimCC):
         assert isinstance(flipped, SimCC)
@@ -64,7 +57,7 @@ def fuse(output: Output, flipped: Output, codec: PoseCodec, flip_index: FlipInde
     return fuse_flip(output, flipped, flip_index, shift=shift and not codec.unbiased)
 
 
-def accuracy(predicted: Output, target: Output) -> Float32[Tensor, ""]:
+def accuracy(predicted: Output, target: Output) -> Scalar:
     """Return the share of keypoints found near the target, 0 to 1: `heatmap_accuracy` or `simcc_accuracy`."""
     if isinstance(predicted, SimCC):
         assert isinstance(target, SimCC)
@@ -82,9 +75,9 @@ def peak_scores(output: Output, codec: PoseCodec) -> Float32[Tensor, "batch join
 
 
 def decode_heatmaps(
-    heatmaps: Float[Tensor, "batch joint height width"],
-    centers: Float[Tensor, "batch 2"],
-    sizes: Float[Tensor, "batch 2"],
+    heatmaps: Heatmaps,
+    centers: OfRegion,
+    sizes: OfRegion,
     refine: Refinement = "quarter",
     *,
     sigma: float = 2.0,
@@ -127,34 +120,18 @@ def decode_heatmaps(
     return _to_image(coordinates, (height, width), centers, sizes), scores
 
 
-def decode_simcc(
-    probabilities: SimCC,
-    codec: SimCCCodec,
-    centers: Float[Tensor, "batch 2"],
-    sizes: Float[Tensor, "batch 2"],
-) -> Decoded:
+def decode_simcc(probabilities: SimCC, codec: SimCCCodec, centers: OfRegion, sizes: OfRegion) -> Decoded:
     """Return keypoints in image pixels, at the most probable bin of each axis, and their scores.
 
     A score is the smaller of both axes' highest probabilities in units of the target's peak, at most 1: near 1 for a
-    network as confident as its labels, like the maximum of a heatmap.
-
-    Args:
-        probabilities: Distributions along both axes.
-        codec: The codec that the network was trained with.
-        centers: (x, y) of each crop's region, image pixels.
-        sizes: (width, height) of each crop's region, image pixels.
+    network as confident as its labels, like the maximum of a heatmap. Centres and sizes are those of `decode`.
     """
     pixels = [axis.argmax(dim=-1).to(torch.float32) / BINS_PER_PIXEL for axis in probabilities]
     keypoints = _to_image(torch.stack(pixels, dim=-1), codec.input_size, centers, sizes)
     return keypoints, _simcc_scores(probabilities, codec)
 
 
-def _to_image(
-    coordinates: Float32[Tensor, "batch joint 2"],
-    grid: tuple[int, int],
-    centers: Float[Tensor, "batch 2"],
-    sizes: Float[Tensor, "batch 2"],
-) -> Float32[Tensor, "batch joint 2"]:
+def _to_image(coordinates: Places, grid: tuple[int, int], centers: OfRegion, sizes: OfRegion) -> Places:
     """Map (x, y) of a biased grid of (height, width) cells or pixels to image pixels."""
     height, width = grid
     x, y = coordinates.unbind(-1)
@@ -168,9 +145,7 @@ def _simcc_scores(probabilities: SimCC, codec: SimCCCodec) -> Float32[Tensor, "b
     return torch.minimum(*shares).clamp(max=1.0).to(torch.float32)
 
 
-def argmax_2d(
-    heatmaps: Float[Tensor, "batch joint height width"],
-) -> tuple[Float32[Tensor, "batch joint 2"], Float32[Tensor, "batch joint"]]:
+def argmax_2d(heatmaps: Heatmaps) -> Decoded:
     """Return the (x, y) cell of each heatmap's first maximum and its value; (0, 0) where no value is positive."""
     # First the band of rows with the highest cell, then that cell in it; torch returns the first of equal maxima. On a
     # CPU this is five times as fast as one argmax over all cells, because a plain maximum is vectorised.
@@ -186,9 +161,7 @@ def argmax_2d(
     return torch.where((scores > 0)[..., None], coordinates, 0).to(torch.float32), scores.to(torch.float32)
 
 
-def _quarter_step(
-    heatmaps: Float[Tensor, "batch joint height width"], coordinates: Float32[Tensor, "batch joint 2"]
-) -> Float32[Tensor, "batch joint 2"]:
+def _quarter_step(heatmaps: Heatmaps, coordinates: Places) -> Places:
     """Move whole cells by a quarter towards the higher neighbour; cells 0, 1 and the last of an axis stay."""
     height, width = heatmaps.shape[-2:]
     x, y = coordinates.to(torch.int64).unbind(-1)
@@ -207,9 +180,7 @@ def _quarter_step(
     return coordinates + 0.25 * torch.where(inner[..., None], step, 0.0)
 
 
-def _taylor_step(
-    heatmaps: Float[Tensor, "batch joint height width"], coordinates: Float32[Tensor, "batch joint 2"], sigma: float
-) -> Float32[Tensor, "batch joint 2"]:
+def _taylor_step(heatmaps: Heatmaps, coordinates: Places, sigma: float) -> Places:
     """Move whole cells to the maximum of the second-order expansion of the smoothed log-heatmap.
 
     The heatmap is smoothed with a Gaussian of its own `sigma`, except for maxima less than 2.5 sigma from the border:
@@ -254,12 +225,7 @@ def _smooth(heatmaps: Float32[Tensor, "batch joint height width"], sigma: float)
     return F.conv2d(maps, kernel.view(1, 1, 1, -1), padding=(0, radius))[:, 0].view_as(heatmaps)
 
 
-def flip_back(
-    heatmaps: Float[Tensor, "batch joint height width"],
-    flip_index: FlipIndex,
-    *,
-    shift: bool = True,
-) -> Float[Tensor, "batch joint height width"]:
+def flip_back(heatmaps: Heatmaps, flip_index: FlipIndex, *, shift: bool = True) -> Heatmaps:
     """Map the heatmaps of a mirrored image back to the original image.
 
     Args:
@@ -274,11 +240,7 @@ def flip_back(
 
 
 def fuse_flip(
-    heatmaps: Float[Tensor, "batch joint height width"],
-    flipped: Float[Tensor, "batch joint height width"],
-    flip_index: FlipIndex,
-    *,
-    shift: bool = True,
+    heatmaps: Heatmaps, flipped: Heatmaps, flip_index: FlipIndex, *, shift: bool = True
 ) -> Float32[Tensor, "batch joint height width"]:
     """Average the heatmaps of an image with those of its mirror image, mapped back as by `flip_back`."""
     mirrored = _mirrored(flipped, flip_index).to(torch.float32)
@@ -309,7 +271,7 @@ def fuse_flip_simcc(output: SimCC, flipped: SimCC, flip_index: FlipIndex) -> Sim
 
 
 def fuse_scales(
-    heatmaps: Sequence[Float[Tensor, "batch joint height width"]], scales: Sequence[float], *, unbiased: bool = False
+    heatmaps: Sequence[Heatmaps], scales: Sequence[float], *, unbiased: bool = False
 ) -> Float32[Tensor, "batch joint height width"]:
     """Average heatmaps of regions of several scales around one centre, in the cells of the region at scale 1.
 
@@ -343,12 +305,7 @@ def fuse_scales(
     return total / covered
 
 
-def heatmap_accuracy(
-    predicted: Float[Tensor, "batch joint height width"],
-    target: Float[Tensor, "batch joint height width"],
-    *,
-    reference_norm: bool = True,
-) -> Float32[Tensor, ""]:
+def heatmap_accuracy(predicted: Heatmaps, target: Heatmaps, *, reference_norm: bool = True) -> Scalar:
     """Return the share of keypoints whose maximum lies near the target's, 0 to 1: the accuracy logged in training.
 
     A keypoint counts if the maximum of its target is beyond cell 1 along both axes. It is correct if its distance,
@@ -371,7 +328,7 @@ def heatmap_accuracy(
     return _mean_share(correct, counted)
 
 
-def simcc_accuracy(predicted: SimCC, target: SimCC) -> Float32[Tensor, ""]:
+def simcc_accuracy(predicted: SimCC, target: SimCC) -> Scalar:
     """Return `heatmap_accuracy` for bins: correct is a distance below a twentieth of the side, axis by axis.
 
     A keypoint counts if the most probable bin of its target is beyond the first pixel along both axes.
@@ -382,7 +339,7 @@ def simcc_accuracy(predicted: SimCC, target: SimCC) -> Float32[Tensor, ""]:
     return _mean_share(counted & (torch.hypot(*offsets) < 0.5), counted)
 
 
-def _mean_share(correct: Bool[Tensor, "batch joint"], counted: Bool[Tensor, "batch joint"]) -> Float32[Tensor, ""]:
+def _mean_share(correct: Bool[Tensor, "batch joint"], counted: Bool[Tensor, "batch joint"]) -> Scalar:
     """Return the mean over joints of each joint's share, without joints that are never counted; 0 if none is."""
     samples = counted.sum(dim=0)
     share = correct.sum(dim=0) / samples.clamp(min=1)

@@ -164,13 +164,8 @@ def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, 
     """Return the people in images of a folder: `image_id`, `category_id`, `bbox`, `score` and `file_name` of each.
 
     Boxes are (x, y, width, height) in pixels of the image as stored; EXIF orientation is ignored, as everywhere in the
-    package. Images that cannot be read are skipped and counted in a warning.
-
-    Args:
-        detector: Network from a list of images to a list of dicts with `boxes`, `labels` and `scores`.
-        folder: The folder of images.
-        images: Image ids by file name.
-        batch: Images per forward pass.
+    package. Images that cannot be read are skipped and counted in a warning. `images` has the ids by file name; the
+    detector takes `batch` images at a time, and returns a dict with `boxes`, `labels` and `scores` for each.
 
     Raises:
         DataError: No image can be read.
@@ -178,9 +173,10 @@ def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, 
     device = next(detector.parameters()).device
     boxes: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for names, pixels in _batches(folder, track(images, f"detecting people in {folder}"), batch, skipped):
-        found = detector([torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255 for image in pixels])
-        for name, people in zip(names, found, strict=True):
+    for readable in _batches(folder, track(images, f"detecting people in {folder}"), batch, skipped):
+        pixels = (torch.from_numpy(image).to(device) for image in readable.values())
+        found = detector([image.permute(2, 0, 1).float() / 255 for image in pixels])
+        for name, people in zip(readable, found, strict=True):
             corners, scores = (people[key][people["labels"] == PERSON].cpu() for key in ("boxes", "scores"))
             for (x1, y1, x2, y2), score in zip(corners.tolist(), scores.tolist(), strict=True):
                 box = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
@@ -193,12 +189,9 @@ def find_boxes(detector: nn.Module, folder: Path, images: Mapping[str, int], *, 
     return boxes
 
 
-def _batches(
-    folder: Path, names: Iterable[str], batch: int, skipped: list[str]
-) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-    """Yield names and RGB pixels of readable images, `batch` at a time; append the names of the others to `skipped`."""
-    readable: list[str] = []
-    pixels: list[np.ndarray] = []
+def _batches(folder: Path, names: Iterable[str], batch: int, skipped: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield RGB pixels of readable images by name, `batch` at a time; append the names of the others to `skipped`."""
+    readable: dict[str, np.ndarray] = {}
     for name in names:
         try:
             image = decode_image((folder / name).read_bytes())
@@ -207,10 +200,9 @@ def _batches(
         if image is None:
             skipped.append(name)
             continue
-        readable.append(name)
-        pixels.append(image)
+        readable[name] = image
         if len(readable) == batch:
-            yield readable, pixels
-            readable, pixels = [], []
+            yield readable
+            readable = {}
     if readable:
-        yield readable, pixels
+        yield readable

@@ -1,5 +1,7 @@
 """Losses as pure functions of tensors, computed in float32 whatever the precision of their arguments.
 
+They raise ValueError if the shapes of prediction, target and weight do not fit each other.
+
 The squared losses are means of half squared errors. The weight multiplies both prediction and target, so it enters
 squared; keypoints of weight zero still count in the denominator. These are the conventions of Xiao et al. (Simple
 Baselines, ECCV 2018), on which published learning rates depend.
@@ -11,7 +13,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from fpd_accel.outputs import Output, SimCC
+from fpd_accel.outputs import Heatmaps, Output, PerJoint, Scalar, SimCC
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,18 @@ class Losses:
     teacher_output: Output | None  # the teacher's last stage; None without a teacher
 
 
-def heatmap_mse(
-    predicted: Float[Tensor, "batch joint height width"],
-    target: Float[Tensor, "batch joint height width"],
-    weight: Float[Tensor, "batch joint"],
-) -> Float32[Tensor, ""]:
-    """Return half the mean over samples, joints and cells of `(weight * predicted - weight * target)²`.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
-    """
+def heatmap_mse(predicted: Heatmaps, target: Heatmaps, weight: PerJoint) -> Scalar:
+    """Return half the mean over samples, joints and cells of `(weight * predicted - weight * target)²`."""
     return _joint_errors(predicted, target, weight).mean()
 
 
-def heatmap_ohkm(
-    predicted: Float[Tensor, "batch joint height width"],
-    target: Float[Tensor, "batch joint height width"],
-    weight: Float[Tensor, "batch joint"],
-    top_k: int = 8,
-) -> Float32[Tensor, ""]:
+def heatmap_ohkm(predicted: Heatmaps, target: Heatmaps, weight: PerJoint, top_k: int = 8) -> Scalar:
     """Return `heatmap_mse` over the `top_k` joints of each sample with the largest errors.
 
     This is online hard keypoint mining (Chen et al., Cascaded Pyramid Network, CVPR 2018, section 3.2).
 
     Raises:
-        ValueError: The shapes do not fit each other, or `top_k` is not between 1 and the number of joints.
+        ValueError: `top_k` is not between 1 and the number of joints.
     """
     errors = _joint_errors(predicted, target, weight)
     if not 1 <= top_k <= errors.shape[1]:
@@ -59,11 +48,7 @@ def heatmap_ohkm(
     return errors.topk(top_k, dim=1, sorted=False).values.mean()
 
 
-def _joint_errors(
-    predicted: Float[Tensor, "batch joint height width"],
-    target: Float[Tensor, "batch joint height width"],
-    weight: Float[Tensor, "batch joint"],
-) -> Float32[Tensor, "batch joint"]:
+def _joint_errors(predicted: Heatmaps, target: Heatmaps, weight: PerJoint) -> Float32[Tensor, "batch joint"]:
     """Return half the weighted mean squared error of each heatmap."""
     _check_shapes(predicted, target, weight)
     # The weight is constant over a heatmap: applying it after the mean saves two passes over the cells.
@@ -71,22 +56,13 @@ def _joint_errors(
     return 0.5 * weight.float().square() * squared
 
 
-def heatmap_kl(
-    predicted: Float[Tensor, "batch joint height width"],
-    target: Float[Tensor, "batch joint height width"],
-    weight: Float[Tensor, "batch joint"],
-    *,
-    temperature: float = 0.1,
-) -> Float32[Tensor, ""]:
+def heatmap_kl(predicted: Heatmaps, target: Heatmaps, weight: PerJoint, *, temperature: float = 0.1) -> Scalar:
     """Return the mean over samples and joints of `weight * temperature² * KL(target || predicted)`, in nats.
 
     A heatmap becomes a distribution over its cells by a softmax of its values divided by `temperature`: at 0.1 a peak
     of height 1 outweighs the 3,072 cells of a flat 64 x 48 map. The factor `temperature²` makes the size of the
     gradient independent of the temperature (Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015,
     section 2.1).
-
-    Raises:
-        ValueError: The shapes do not fit each other.
     """
     _check_shapes(predicted, target, weight)
     log_predicted, log_target = (
@@ -96,9 +72,7 @@ def heatmap_kl(
     return temperature**2 * (weight.float() * divergence).mean()
 
 
-def simcc_kl(
-    predicted: SimCC, target: SimCC, weight: Float[Tensor, "batch joint"], *, temperature: float = 1.0
-) -> Float32[Tensor, ""]:
+def simcc_kl(predicted: SimCC, target: SimCC, weight: PerJoint, *, temperature: float = 1.0) -> Scalar:
     """Return the mean of `weight * temperature² * KL(target || softmax(predicted / temperature))`, in nats.
 
     The mean is over samples, joints and both axes (Li et al., SimCC, ECCV 2022, section 3.3; for a teacher's target
@@ -109,9 +83,6 @@ def simcc_kl(
         target: Probabilities; all zero for a joint that does not count.
         weight: Weight of each joint.
         temperature: Divisor of the logits.
-
-    Raises:
-        ValueError: The shapes do not fit each other.
     """
     divergence = torch.zeros_like(weight, dtype=torch.float32)
     for logits, probabilities in zip(predicted, target, strict=True):
@@ -121,12 +92,7 @@ def simcc_kl(
     return temperature**2 * (weight.float() * divergence).mean() / len(predicted)
 
 
-def marginals(
-    heatmaps: Float[Tensor, "batch joint height width"],
-    bins: tuple[int, int],
-    *,
-    sharpness: tuple[float, float] = (1.0, 1.0),
-) -> SimCC:
+def marginals(heatmaps: Heatmaps, bins: tuple[int, int], *, sharpness: tuple[float, float] = (1.0, 1.0)) -> SimCC:
     """Return the marginal distributions of heatmaps along each axis, as probabilities over SimCC's bins.
 
     The positive part of a heatmap is summed along the other axis and normalised. A heatmap without a positive value

@@ -15,7 +15,16 @@ import numpy as np
 from jaxtyping import Float, Int, Real, Shaped
 
 from fpd_accel.errors import DataError
-from fpd_accel.oks import Sigmas, oks, oks_nms, oks_nms_by_image, soft_oks_nms, soft_oks_nms_by_image
+from fpd_accel.oks import (
+    Keypoints,
+    PerPerson,
+    Sigmas,
+    oks,
+    oks_nms,
+    oks_nms_by_image,
+    soft_oks_nms,
+    soft_oks_nms_by_image,
+)
 from fpd_accel.skeleton import COCO, MPII
 
 __all__ = [
@@ -40,7 +49,7 @@ class PCK:
 
 
 def rescore(
-    keypoint_scores: Real[np.ndarray, "person joint"], box_scores: Real[np.ndarray, " person"], threshold: float = 0.2
+    keypoint_scores: Real[np.ndarray, "person joint"], box_scores: PerPerson, threshold: float = 0.2
 ) -> Float[np.ndarray, " person"]:
     """Return scores of poses: the score of the box times the mean of the keypoint scores above `threshold`.
 
@@ -66,9 +75,9 @@ def heatmap_pck(
 
 
 def pck(
-    predicted: Real[np.ndarray, "person joint _"],
-    truth: Real[np.ndarray, "person joint _"],
-    lengths: Real[np.ndarray, " person"],
+    predicted: Keypoints,
+    truth: Keypoints,
+    lengths: PerPerson,
     visible: Shaped[np.ndarray, "person joint"],
     threshold: float,
     *,
@@ -101,9 +110,9 @@ def pck(
 
 
 def pckh(
-    predicted: Real[np.ndarray, "person joint _"],
-    truth: Real[np.ndarray, "person joint _"],
-    head_sizes: Real[np.ndarray, " person"],
+    predicted: Keypoints,
+    truth: Keypoints,
+    head_sizes: PerPerson,
     visible: Shaped[np.ndarray, "person joint"],
     threshold: float = 0.5,
     *,
@@ -128,20 +137,14 @@ def pckh(
 def mpii_scores(
     predicted: Real[np.ndarray, "person 16 _"],
     truth: Real[np.ndarray, "person 16 _"],
-    head_sizes: Real[np.ndarray, " person"],
+    head_sizes: PerPerson,
     visible: Shaped[np.ndarray, "person 16"],
 ) -> dict[str, float]:
-    """Return MPII's table in percent, by name: PCKh of each group of joints, and of all joints.
+    """Return MPII's table in percent, by name: `pckh` of each group of joints, and of all joints.
 
     `PCKh_<group>@0.5` is the mean of left and right. `PCKh@0.5` and `PCKh@0.1` are means over joints, weighted by how
     often each is visible, without pelvis and thorax. The `Mean@0.1` of the published code is measured at 0.11, so it
-    has a separate name here. A value is not-a-number where no joint is visible.
-
-    Args:
-        predicted: Keypoints of a network.
-        truth: Annotated keypoints.
-        head_sizes: Diagonals of the head boxes, already multiplied by MPII's factor of 0.6, pixels.
-        visible: Above 0 where a keypoint counts.
+    has a separate name here. A value is not-a-number where no joint is visible. The arguments are those of `pckh`.
     """
     measures = {
         name: pckh(predicted, truth, head_sizes, visible, threshold) for name, threshold in MPII_THRESHOLDS.items()

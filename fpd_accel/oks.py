@@ -5,14 +5,17 @@ cocodataset.org/#keypoints-eval.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int, Integer, Real
+from jaxtyping import Bool, Float, Int, Integer, Real
 
 from fpd_accel.skeleton import COCO
 
 Sigmas = Sequence[float] | Float[np.ndarray, " joint"]
+Keypoints = Real[np.ndarray, "person joint _"]
+PerPerson = Real[np.ndarray, " person"]  # a score, or an area in square pixels
+ImageIds = Integer[np.ndarray, " person"]
+Kept = Int[np.ndarray, " kept"]
 PAIRS = 1 << 15  # pairs of poses whose similarity is computed at once: 9 MB with 17 joints
 
 
@@ -50,9 +53,9 @@ def _check_sigmas(sigmas: Sigmas, joints: int) -> None:
 
 
 def oks(
-    keypoints: Real[np.ndarray, "person joint _"],
+    keypoints: Keypoints,
     others: Real[np.ndarray, "other joint _"],
-    areas: Real[np.ndarray, " person"],
+    areas: PerPerson,
     other_areas: Real[np.ndarray, " other"],
     sigmas: Sigmas = COCO.sigmas,
 ) -> Float[np.ndarray, "person other"]:
@@ -69,12 +72,8 @@ def oks(
 
 
 def oks_nms(
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
-    threshold: float,
-    sigmas: Sigmas = COCO.sigmas,
-) -> Int[np.ndarray, " kept"]:
+    keypoints: Keypoints, scores: PerPerson, areas: PerPerson, threshold: float, sigmas: Sigmas = COCO.sigmas
+) -> Kept:
     """Return the indices of the poses of one image to keep, best score first.
 
     Greedy suppression: a pose is dropped if its OKS with a better pose that is kept exceeds `threshold` (Papandreou et
@@ -84,20 +83,20 @@ def oks_nms(
 
 
 def oks_nms_by_image(
-    images: Integer[np.ndarray, " person"],
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
+    images: ImageIds,
+    keypoints: Keypoints,
+    scores: PerPerson,
+    areas: PerPerson,
     threshold: float,
     sigmas: Sigmas = COCO.sigmas,
-) -> Int[np.ndarray, " kept"]:
+) -> Kept:
     """Apply `oks_nms` to every image at once; return the kept indices image by image, in the order of image ids.
 
     The OKS of all pairs of all images is vectorised; only pairs above the threshold are decided one by one.
     """
     order = np.lexsort((-scores, images))
     _, counts = np.unique(images, return_counts=True)
-    poses = _Poses.of(keypoints[order], areas[order], sigmas)
+    poses = _Poses(keypoints[order], areas[order], sigmas)
     kept = [True] * len(order)
     for first, second in _pairs(counts):
         overlapping = ~(poses.similarity(first, second) <= threshold)  # not-a-number counts as overlapping
@@ -108,14 +107,14 @@ def oks_nms_by_image(
 
 
 def soft_oks_nms(
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
+    keypoints: Keypoints,
+    scores: PerPerson,
+    areas: PerPerson,
     threshold: float,
     sigmas: Sigmas = COCO.sigmas,
     *,
     limit: int = 20,
-) -> Int[np.ndarray, " kept"]:
+) -> Kept:
     """Return the indices of at most `limit` poses of one image, in the order of their decayed scores.
 
     Each selected pose multiplies the scores of the remaining ones by `exp(-oks² / threshold)` (Bodla et al., Soft-NMS,
@@ -126,22 +125,22 @@ def soft_oks_nms(
 
 
 def soft_oks_nms_by_image(
-    images: Integer[np.ndarray, " person"],
-    keypoints: Real[np.ndarray, "person joint _"],
-    scores: Real[np.ndarray, " person"],
-    areas: Real[np.ndarray, " person"],
+    images: ImageIds,
+    keypoints: Keypoints,
+    scores: PerPerson,
+    areas: PerPerson,
     threshold: float,
     sigmas: Sigmas = COCO.sigmas,
     *,
     limit: int = 20,
-) -> Int[np.ndarray, " kept"]:
+) -> Kept:
     """Apply `soft_oks_nms` to every image at once; return the kept indices image by image, in the order of image ids.
 
     Images with the same number of people are processed together.
     """
     order = np.argsort(images, kind="stable")
     _, counts = np.unique(images, return_counts=True)
-    poses = _Poses.of(keypoints[order], areas[order], sigmas)
+    poses = _Poses(keypoints[order], areas[order], sigmas)
     starts, ends = np.cumsum(counts) - counts, np.cumsum(np.minimum(counts, limit))
     kept = np.empty(ends[-1] if len(ends) else 0, dtype=np.int64)
     for people in np.unique(counts).tolist():
@@ -178,25 +177,13 @@ def _select_by_decay(
     return np.stack(selected, axis=1)
 
 
-@dataclass(frozen=True, eq=False)
 class _Poses:
     """Poses with x and y in separate contiguous arrays, so that the OKS of many pairs takes few passes over memory."""
 
-    x: Float64[np.ndarray, "person joint"]
-    y: Float64[np.ndarray, "person joint"]
-    areas: Float64[np.ndarray, " person"]
-    sigmas: Sigmas
-
-    @classmethod
-    def of(
-        cls,
-        keypoints: Real[np.ndarray, "person joint _"],
-        areas: Real[np.ndarray, " person"],
-        sigmas: Sigmas,
-    ) -> "_Poses":
+    def __init__(self, keypoints: Keypoints, areas: PerPerson, sigmas: Sigmas) -> None:
         _check_sigmas(sigmas, keypoints.shape[1])
-        x, y = (np.ascontiguousarray(keypoints[..., axis], dtype=np.float64) for axis in (0, 1))
-        return cls(x, y, areas.astype(np.float64), sigmas)
+        self.x, self.y = (np.ascontiguousarray(keypoints[..., axis], dtype=np.float64) for axis in (0, 1))
+        self.areas, self.sigmas = areas.astype(np.float64), sigmas
 
     def similarity(self, first: Int[np.ndarray, " pair"], second: Int[np.ndarray, " pair"]) -> np.ndarray:
         """Return the OKS of pairs; the mean of both areas sets their scale."""

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 STRIDE = 4  # input pixels per heatmap cell along each axis, in every architecture of the package
 BINS_PER_PIXEL = 2  # SimCC's splitting factor k
+
+Heatmaps = Float[Tensor, "batch joint height width"]
+PerJoint = Float[Tensor, "batch joint"]
+Scalar = Float32[Tensor, ""]
 
 
 class SimCC(NamedTuple):

@@ -124,11 +124,6 @@ def overlay_paths(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     return overlays
 
 
-def whole_image(image: UInt8[np.ndarray, "height width 3"]) -> Sequence[float]:
-    """Return the box (x, y, width, height) of a whole image, for images that show one person."""
-    return [0.0, 0.0, float(image.shape[1]), float(image.shape[0])]
-
-
 def read_boxes(path: Path) -> dict[str, list[list[float]]]:
     """Read the boxes of people by file name, as (x, y, width, height) in pixels.
 

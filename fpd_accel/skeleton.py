@@ -227,5 +227,5 @@ def load_skeleton(source: str | Path) -> Skeleton:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'skeleton'}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("\n".join([f"{path}: this skeleton cannot be used", *lines])) from None
+        mistakes = [f"{'.'.join(map(str, e['loc'])) or 'skeleton'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n  ".join([f"{path}: this skeleton cannot be used", *mistakes])) from None

@@ -31,11 +31,10 @@ def keypoint_colors(skeleton: Skeleton) -> list[tuple[int, int, int]]:
     Left is warm, right cool and the rest green, so that swapped left and right stand out.
     """
     left, right = {a for a, _ in skeleton.flip_pairs}, {b for _, b in skeleton.flip_pairs}
-    count = max(skeleton.num_keypoints, 1)
     colors = []
     for i, name in enumerate(skeleton.keypoints):
         start = 0.0 if name in left else 0.5 if name in right else 0.3
-        red, green, blue = colorsys.hsv_to_rgb(start + 0.17 * i / count, 0.85, 1.0)
+        red, green, blue = colorsys.hsv_to_rgb(start + 0.17 * i / skeleton.num_keypoints, 0.85, 1.0)
         colors.append((int(255 * red), int(255 * green), int(255 * blue)))
     return colors
 
@@ -103,33 +102,27 @@ def comparison(
     # The whole crop as region, so that decoded keypoints are in crop pixels.
     crop_centers = torch.tensor([width / 2, height / 2]).expand(len(batch), 2)
     crop_sizes = torch.tensor([float(width), float(height)]).expand(len(batch), 2)
-    outputs = {name: (_on_host(output), codec) for name, (output, codec) in sources.items()}
-    decoded = {name: decode(output, codec, crop_centers, crop_sizes) for name, (output, codec) in outputs.items()}
-    maps = {name: _as_heatmaps(output, codec) for name, (output, codec) in outputs.items()}
+    columns = []
+    for device_output, codec in sources.values():
+        output = each(device_output, lambda tensor: tensor.detach().float().cpu())
+        # An empty target (keypoint outside the crop) scores 0, or about as a flat distribution for SimCC.
+        threshold = MIN_SIMCC_SCORE if isinstance(codec, SimCCCodec) else 0.0
+        columns.append((*decode(output, codec, crop_centers, crop_sizes), _as_heatmaps(output, codec), threshold))
     labelled = batch.visible.cpu().numpy() > 0
     rows = []
     for i, crop in enumerate(batch.crops[:people].cpu().numpy()):
         large = cv2.resize(crop, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_LINEAR)
         cells = []
-        for name, heatmaps in maps.items():
-            keypoints, scores = (part[i].numpy() for part in decoded[name])
-            # An empty target (keypoint outside the crop) scores 0, or about as a flat distribution for SimCC.
-            threshold = MIN_SIMCC_SCORE if isinstance(outputs[name][1], SimCCCodec) else 0.0
-            is_shown = labelled[i] & (scores > threshold)
-            cells += [
-                draw_skeleton(large, keypoints * zoom, is_shown, skeleton),
-                draw_heatmaps(large, heatmaps[i].numpy()),
-            ]
+        for keypoints, scores, heatmaps, threshold in columns:
+            is_shown = labelled[i] & (scores[i].numpy() > threshold)
+            cells.append(draw_skeleton(large, keypoints[i].numpy() * zoom, is_shown, skeleton))
+            cells.append(draw_heatmaps(large, heatmaps[i].numpy()))
         rows.append(np.concatenate(cells, axis=1))
     header = np.full((22, rows[0].shape[1], 3), 255, np.uint8)
-    for number, name in enumerate(maps):
+    for number, name in enumerate(sources):
         place = (number * 2 * width * zoom + 6, 16)
         cv2.putText(header, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
     return np.concatenate([header, *rows], axis=0)
-
-
-def _on_host(output: Output) -> Output:
-    return each(output, lambda tensor: tensor.detach().float().cpu())
 
 
 def _as_heatmaps(output: Output, codec: PoseCodec) -> Tensor:

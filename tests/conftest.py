@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts a command in the background (`nohup … &`) with Ctrl-C ignored, and every child would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Beartype reads the bases of PyTorch's own classes, and those are spelled typing.Iterable.
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
 

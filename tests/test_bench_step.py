@@ -59,6 +59,7 @@ def published(*, teacher_gradients: bool = True) -> PublishedStep:
     return PublishedStep(*networks("tiny_w8", "tiny_w16"), CPU, teacher_gradients=teacher_gradients)
 
 
+@pytest.mark.parity
 def test_bench_step_prints_tables_and_writes_the_same_as_json_and_as_a_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_bench_step_runs_on_a_gpu(tmp_path: Path) -> None:
     assert one["variants"]["ours"]["busy_seconds"] > 0
 
 
+@pytest.mark.parity
 def test_a_wrong_loss_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_wrong_loss_is_not_timed(
     assert not file.exists()
 
 
+@pytest.mark.parity
 def test_a_cache_with_other_outputs_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,6 +337,7 @@ def test_the_roofline_adds_what_each_pass_waits_for() -> None:
 
 
 @pytest.mark.parametrize(("name", "published_gmacs"), [("hrnet_w32", 7.62), ("hrnet_w48", 15.68)])
+@pytest.mark.parity
 def test_multiply_adds_are_the_published_ones(name: str, published_gmacs: float) -> None:
     with torch.device("meta"):
         network = create_model(name, 17).eval()

@@ -123,9 +123,7 @@ def test_converting_twice_is_the_identity(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, "hourglass_3x32", "hourglass_8x256"])
 def test_every_network_is_recognised_by_its_names_and_shapes(name: str) -> None:
-    found = recognise(model_shapes(name, 14, input_size=(128, 96)))
-    assert found is not None
-    assert (found.name, found.num_keypoints) == (name, 14)
+    assert recognise(model_shapes(name, 14, input_size=(128, 96))) == name
 
 
 def test_counters_that_a_file_does_not_have_start_at_zero() -> None:

@@ -31,7 +31,7 @@ def test_pixels_are_those_of_the_decoder(tiny_shards: Path, tmp_path: Path) -> N
     decoded = pickle.loads(pickle.dumps(open_decoded(shards, tmp_path)))
     assert len(decoded) == len(np.unique(shards.image_rows)) > 5
     for row in decoded.rows.tolist():
-        np.testing.assert_array_equal(decoded.get(row), decode_image(shards.read_images([row])[0].data))
+        np.testing.assert_array_equal(decoded(row), decode_image(shards.read_images([row])[0].data))
     assert decoded.path.stat().st_size == decoded.bytes
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".pixels"]
 

@@ -105,6 +105,7 @@ def test_people_become_entries_with_width_and_height_and_others_do_not(
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parity
 def test_boxes_are_those_of_torchvision_with_the_same_weights(
     network: nn.Module, weights: Path, folder: Path, tmp_path: Path, quick: None, suffix: str
 ) -> None:

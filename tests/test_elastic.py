@@ -179,6 +179,7 @@ def test_ranks_wait_longer_for_the_scores_than_for_a_step(runs: Path) -> None:
     assert (runs / "slow" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.faults
 def test_another_batch_size_of_batch_normalisation_is_reported(
     tiny_recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -209,6 +209,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parity
 def test_crops_are_those_of_whole_images(photographs: Shards, monkeypatch: pytest.MonkeyPatch, unbiased: bool) -> None:
     augment, samples = Augment(rotation=60, scale=0.6), range(200)  # ten epochs
     stream = PoseStream(photographs, input_size=(128, 96), batch_size=4, augment=augment, unbiased=unbiased)
@@ -235,6 +236,7 @@ def test_crops_are_those_of_whole_images(photographs: Shards, monkeypatch: pytes
     assert max(asked) > PHOTOGRAPHS.height  # and some are needed to their end
 
 
+@pytest.mark.parity
 def test_crops_of_photographs_are_those_of_whole_ones(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

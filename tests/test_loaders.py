@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -281,7 +282,7 @@ def test_a_warning_names_the_number_of_workers_that_suffices(
     names = (*log.StepMeter.NAMES, "lr")
     record = dict.fromkeys(names, 0.1) | {"epoch": 0.5, "samples": 100, "data_time": 1.5, "step_time": 0.5}
     records = [{**record, "step": step, "data_time": 1.5 if step > 1 else 60.0} for step in range(1, 13)]
-    with log.RunLog(tmp_path, total_steps=12, step=0, trackers=None, workers=2) as run_log:
+    with log.RunLog(tmp_path, total_steps=12, step=0, workers=2, trackers=Mock(log.Trackers)) as run_log:
         run_log.train(records[:6])
         run_log.train(records[6:])
     said = " ".join(capsys.readouterr().err.split())

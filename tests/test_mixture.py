@@ -144,6 +144,7 @@ def assert_same(found: Batch, expected: Batch, start: int = 0) -> None:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine may have cores
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.faults
 def test_a_mixture_is_the_same_for_any_number_of_ranks_and_workers(
     three: tuple[Shards, ...], ranks: int, workers: int
 ) -> None:

@@ -34,6 +34,7 @@ def published(name: str, shared: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parity
 def test_parameter_names_and_shapes_equal_the_published_checkpoints(name: str, shared: Path) -> None:
     record = published(name, shared)
     with torch.device("meta"):
@@ -86,6 +87,7 @@ def test_every_model_gives_a_tuple_of_quarter_size_heatmaps_and_all_parameters_g
 
 @pytest.mark.parametrize("name", ["hrnet_w48", "pose_resnet_152", "hourglass_4x128", "vitpose_b", "vitpose_h_simple"])
 @pytest.mark.parametrize("input_size", [(384, 288), (256, 256)])
+@pytest.mark.parity
 def test_large_models_take_the_other_published_input_sizes(name: str, input_size: tuple[int, int]) -> None:
     height, width = input_size
     with torch.device("meta"):

@@ -458,6 +458,7 @@ def test_a_person_looks_the_same_streamed_and_local(tiny_shards: Path, published
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("start", [0, 14])
+@pytest.mark.faults
 def test_two_ranks_of_two_workers_see_everybody_once_per_epoch(server: Server, start: int, streaming: bool) -> None:
     """Also from mid-epoch: what comes then is what would have come."""
     shards = open_training(f"{server.url}/train", streaming=streaming, window=WINDOW)
@@ -602,6 +603,7 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(ends[0][key].equal(ends[1][key]) for key in ends[0]), name
 
 
+@pytest.mark.faults
 def test_a_run_on_a_url_is_the_run_on_local_shards(
     server: Server, tiny_recipe: Callable[..., Path], tiny_valid: Path, tmp_path: Path
 ) -> None:

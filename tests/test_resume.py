@@ -125,6 +125,7 @@ def test_gradients_that_have_to_stay_in_place_exist_after_resuming(tmp_path: Pat
     assert all(p.grad is not None and not p.grad.any() for p in resumed.network.parameters())
 
 
+@pytest.mark.faults
 def test_an_evaluation_that_a_stop_skipped_is_made_up_for(tiny_recipe: Callable[..., Path], tmp_path: Path) -> None:
     from fpd_accel.distributed.preemption import StopSignal
     from fpd_accel.errors import Preempted
@@ -152,6 +153,7 @@ def test_run_resumes_mid_epoch_from_a_named_checkpoint(distilled: Path, whole: P
     assert_same_end(whole, tmp_path / "run")
 
 
+@pytest.mark.faults
 def test_checkpoints_newer_than_a_named_one_are_set_aside(
     distilled: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +174,7 @@ def test_checkpoints_newer_than_a_named_one_are_set_aside(
     assert_same_end(whole, tmp_path / "run")
 
 
+@pytest.mark.faults
 def test_an_outdated_latest_of_a_killed_run_is_corrected(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished / "done", tmp_path / "done")
     (run / "checkpoints" / "latest").write_text("step_00000002\n")

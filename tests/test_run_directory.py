@@ -91,6 +91,7 @@ def test_requeued_slurm_job_goes_on_although_its_lost_node_has_the_lock(
     assert job(slurm="8")[0] == "holds"
 
 
+@pytest.mark.faults
 def test_run_that_another_job_began_meanwhile_goes_on_from_its_checkpoint(
     tiny_recipe: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -29,7 +29,6 @@ from fpd_accel.skeleton import COCO
 from fpd_accel.training.checkpoint import checkpoints
 from fpd_accel.training.teacher import Teacher
 from fpd_accel.training.teacher_cache import build as teacher_cache
-from fpd_accel.training.teacher_cache import key as cache_key
 from fpd_accel.weights.model_folder import ModelConfig, load_model, save_model
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +147,7 @@ def test_crops_with_views_are_those_of_as_many_epochs_without(tiny_shards: Path)
     assert np.mean(different) > VIEWS - 0.5  # some draws are the same: angles of 0, and scales on their bounds
 
 
+@pytest.mark.parity
 def test_cached_run_gives_the_curve_of_the_uncached_one_up_to_rounding(
     distilling: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +214,7 @@ def test_cache_holds_the_teachers_own_heatmaps_of_every_dataset_and_of_people_wi
         torch.testing.assert_close(unpack(batch.teacher_targets, batch.scales)[0], wanted, rtol=1 / 256, atol=1e-5)
 
 
+@pytest.mark.faults
 def test_build_that_is_stopped_goes_on_with_the_parts_that_are_missing(
     distilling: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +267,7 @@ def test_other_code_or_other_usable_people_make_another_cache(
     train(tmp_path / "one.yaml", "run.name=two")
     assert "was built with other usable_sha256\n" in capsys.readouterr().err
     monkeypatch.undo()
-    monkeypatch.setattr(cache_key, "code_digest", lambda: "another")
+    monkeypatch.setattr(teacher_cache, "code_digest", lambda: "another")
     train(tmp_path / "one.yaml", "run.name=three")
     assert "was built with other code_sha256\n" in capsys.readouterr().err
     assert len(folders(tmp_path)) == 3
@@ -276,16 +277,16 @@ def test_the_key_covers_all_code_that_determines_crops_and_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "fpd_accel"
-    shutil.copytree(Path(cache_key.__file__).parents[2], package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(cache_key, "__file__", str(package / "training/teacher_cache/key.py"))
-    before = cache_key.code_digest.__wrapped__()
+    shutil.copytree(Path(teacher_cache.__file__).parents[2], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(teacher_cache, "__file__", str(package / "training/teacher_cache/build.py"))
+    before = teacher_cache.code_digest.__wrapped__()
     for name in ("geometry.py", "models/tiny.py"):
         (package / name).write_text((package / name).read_text() + "\n")
-        after = cache_key.code_digest.__wrapped__()
+        after = teacher_cache.code_digest.__wrapped__()
         assert after != before, name
         before = after
     (package / "training" / "trainer.py").write_text("")
-    assert cache_key.code_digest.__wrapped__() == before
+    assert teacher_cache.code_digest.__wrapped__() == before
 
 
 def test_the_watchdog_of_the_run_is_told_of_every_batch_of_a_build(
@@ -339,6 +340,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_refused_before_the_teacher_run
         train(distilling("full", {}))
 
 
+@pytest.mark.faults
 def test_a_part_that_vanishes_in_training_is_named(distilling: Callable[..., Path], tmp_path: Path) -> None:
     train(distilling("one", {}, train={"steps": 1}))
     (folder,) = folders(tmp_path)
@@ -353,6 +355,7 @@ def test_a_part_that_vanishes_in_training_is_named(distilling: Callable[..., Pat
         targets.read([0])
 
 
+@pytest.mark.faults
 def test_a_run_with_a_cache_resumes_mid_epoch_bit_for_bit_and_may_drop_the_cache(
     distilling: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_one_command_trains_the_teacher_then_the_student(
     assert records(run, "train") == trained
 
 
+@pytest.mark.faults
 def test_a_teacher_is_finished_once_its_best_weights_are_there(
     tiny_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def test_watchdog_watches_until_the_outermost_block_ends() -> None:
         assert not thread.is_alive()
 
 
+@pytest.mark.faults
 def test_a_run_is_watched_while_networks_are_prepared_restored_and_evaluated(
     tiny_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -49,7 +50,7 @@ def test_a_run_is_watched_while_networks_are_prepared_restored_and_evaluated(
 
         monkeypatch.setattr(place, name, watching)
 
-    for place, name in ((Student, "__init__"), (Student, "restore"), (fpd_accel.training.run, "evaluate")):
+    for place, name in ((Student, "__init__"), (Student, "restore"), (fpd_accel.training.trainer, "evaluate")):
         watch(place, name)
     teacher = ModelConfig(arch="tiny_w8", skeleton=COCO, input_size=(64, 64))
     save_model(tmp_path / "teacher", create_model("tiny_w8", 17).state_dict(), teacher)

@@ -501,6 +501,7 @@ def test_every_mistake_of_files_and_overrides_is_listed_at_once(pair: tuple[Path
         ("WORKERS", "0x" + "f" * 6000, "a whole number, not a number of thousands of digits"),
         ("WORKERS", "(" * 5000, "a whole number, not '((("),
         ("KD.ALPHA", "nan", "a number, not 'nan'"),
+        ("MODEL.EXTRA.NUM_LAYERS", "None", "a whole number, not None"),  # of another network than the file's
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error(key: str, value: str, wanted: str, write: Callable[..., Path]) -> None:

@@ -3,15 +3,14 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fpd_accel.bench import VARIANTS
 from fpd_accel.errors import BenchError, DataError
 from fpd_accel.files import prepare_file, write_whole
-
-VARIANTS = ("published", "published_no_grad", "eager", "ours", "ours_cached")  # of a step; described in variants.py
 
 
 def add_commands(bench: argparse.ArgumentParser) -> None:
@@ -75,31 +74,24 @@ def _data(arguments: argparse.Namespace) -> None:
 
     if arguments.data and (arguments.people or arguments.cache):
         raise DataError("--data does not go with --people and --cache, which are for generated people; leave them out")
-    _require_positive(arguments, "people", "batch", "batches")
-    _prepare_json(arguments)
+    _check(arguments, "people", "batch", "batches")
     with TemporaryDirectory(prefix="fpd-bench-") as temporary:
-        folder = arguments.cache or Path(temporary)
-        photographs = None
+        folder, size = arguments.cache or Path(temporary), {"batch": arguments.batch, "batches": arguments.batches}
         if arguments.data:
-            datasets = [Shards(path) for path in arguments.data]
+            report = bench_data([Shards(path) for path in arguments.data], **size, folder=folder)
         else:
             datasets = [draw_crowd(folder, number) for number in arguments.people or [10_000, 1_000_000]]
             photographs = [draw_crowd(folder, PHOTOGRAPHED, pictures=PHOTOGRAPHS)]
-        report = bench_data(
-            datasets, batch=arguments.batch, batches=arguments.batches, photographs=photographs, folder=folder
-        )
-    show_data(report)
-    _write_json(arguments, report)
+            report = bench_data(datasets, **size, photographs=photographs, folder=folder)
+    _finish(arguments, report, show_data)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from fpd_accel.bench.evaluation import bench_eval, show_eval
 
-    _require_positive(arguments, "people", "batch", "rounds")
-    _prepare_json(arguments)
+    _check(arguments, "people", "batch", "rounds")
     report = bench_eval(people=arguments.people, batch=arguments.batch, rounds=arguments.rounds)
-    show_eval(report)
-    _write_json(arguments, report)
+    _finish(arguments, report, show_eval)
 
 
 def _scale(arguments: argparse.Namespace) -> None:  # noqa: ARG001
@@ -117,41 +109,32 @@ def _step(arguments: argparse.Namespace) -> None:
     from fpd_accel.visualize import save_picture
 
     picture = arguments.picture
-    _require_positive(arguments, "batch", "rounds", "steps")
-    if picture is not None and picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise DataError(f"{picture}: a picture is a .png or .jpg file")
-    _prepare_json(arguments)
+    _check(arguments, "batch", "rounds", "steps")
     if picture is not None:
+        if picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise DataError(f"{picture}: a picture is a .png or .jpg file")
         prepare_file(picture, option="--picture")
     same = ("student", "teacher", "rounds", "steps", "device", "precision", "compile")
-    bench = StepBench(
-        **{name: getattr(arguments, name) for name in same},
-        input_size=tuple(arguments.input),
-        batches=tuple(arguments.batch) if arguments.batch else None,
-        variants=tuple(dict.fromkeys(arguments.variants)),
-    )
-    report = bench_step(bench)
-    show_step(report)
-    _write_json(arguments, report)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in same}
+    options |= {"input_size": tuple(arguments.input), "variants": tuple(dict.fromkeys(arguments.variants))}
+    report = bench_step(StepBench(**options, batches=tuple(arguments.batch) if arguments.batch else None))
+    _finish(arguments, report, show_step)
     if picture is not None:
         save_picture(picture, draw_step(report))
 
 
-def _require_positive(arguments: argparse.Namespace, *names: str) -> None:
+def _check(arguments: argparse.Namespace, *names: str) -> None:
+    """Check, before anything is measured, that these numbers are positive and that the JSON file can be written."""
     for name in names:
         given = getattr(arguments, name)
-        numbers = given if isinstance(given, list) else [given]
-        for number in numbers:
+        for number in given if isinstance(given, list) else [given]:
             if number is not None and number < 1:
                 raise DataError(f"--{name} {number}: at least 1")
-
-
-def _prepare_json(arguments: argparse.Namespace) -> None:
-    """Check that the file can be written before anything is measured."""
     if arguments.json is not None:
         prepare_file(arguments.json, option="--json")
 
 
-def _write_json(arguments: argparse.Namespace, report: Mapping[str, Any]) -> None:
+def _finish(arguments: argparse.Namespace, report: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> None:
+    show(report)
     if arguments.json is not None:
         write_whole(arguments.json, json.dumps(report, indent=2) + "\n")

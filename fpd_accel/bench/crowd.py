@@ -51,8 +51,7 @@ PHOTOGRAPHED = 640  # people in these photographs
 def draw_crowd(folder: Path, people: int, *, pictures: Pictures = SMALL) -> Shards:
     """Return shards of `people` usable people in `folder`, written now unless an earlier call left them there.
 
-    Raises:
-        DataError: The folder cannot be made, or the disk is too full.
+    Raise a DataError if the folder cannot be made, or the disk is too full.
     """
     output = folder / f"{pictures.name}_{people}"
     if (output / "dataset.json").is_file():
@@ -62,8 +61,7 @@ def draw_crowd(folder: Path, people: int, *, pictures: Pictures = SMALL) -> Shar
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise DataError(f"{folder}: cannot be made: {error.strerror}; choose another --cache") from None
-    needed = people * pictures.bytes_per_person
-    if free < needed:
+    if free < (needed := people * pictures.bytes_per_person):
         raise DataError(
             f"{folder}: {people} people need {needed / 1e9:.1f} GB, but {free / 1e9:.1f} are free; "
             "choose another --cache, or a lower --people"
@@ -121,8 +119,7 @@ def _encoded(pictures: Pictures, number: int) -> list[bytes]:
 
 def _people(pictures: Pictures, rows: np.ndarray) -> pa.Table:
     """Return people whose keypoints are all visible and inside their box, and whose box is inside the image."""
-    generator = np.random.default_rng(rows[0])
-    number, joints = len(rows), COCO.num_keypoints
+    generator, number, joints = np.random.default_rng(rows[0]), len(rows), COCO.num_keypoints
     width, height = pictures.width * 5 // 16, pictures.height * 2 // 3
     corners = generator.uniform(0, (pictures.width - width, pictures.height - height), (number, 2))
     points = corners[:, None] + generator.uniform(0, (width, height), (number, joints, 2))

@@ -14,8 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from fpd_accel.bench.environment import describe, environment
 from fpd_accel.bench.loaders import count_workers, show_loaders
@@ -40,11 +39,8 @@ def bench_data(
     """Return the measurements of some datasets, over `batches` batches of `batch`, for JSON and for `show_data`.
 
     Our loader is compared with the published one on `photographs`, datasets with images of real size (None: on
-    `datasets`); their images are decoded into `folder` meanwhile (None: the system's temporary folder).
-
-    Raises:
-        BenchError: The loaders do not agree, or memory does not suffice.
-        DataError: A dataset cannot be read, or the disk is too full.
+    `datasets`); their images are decoded into `folder` meanwhile (None: the system's temporary folder). Raise a
+    BenchError if the loaders do not agree or memory does not suffice, a DataError if data or disk cannot be used.
     """
     where = environment()  # before measuring, which is a load itself
     compared = datasets if photographs is None else photographs
@@ -56,15 +52,14 @@ def bench_data(
     jobs: list[tuple[str, dict[str, Any]]]
     jobs = [("probe:time_opening", {"cold": cold}) for cold in openings for _ in range(OPENINGS)]
     jobs += [("probe:time_loading", {"workers": n, **size}) for n in sorted({*MEMORY_WORKERS, *RATE_WORKERS})]
-    # Each measurement of all datasets in a row, so that other work on the machine disturbs all alike.
-    runs = [(number, *job) for job in jobs for number in range(len(datasets))]
     found: list[list[dict[str, Any]]] = [[] for _ in datasets]
-    for number, function, options in track(runs, "measuring", total=len(runs)):
-        measured = _probe(function, path=str(datasets[number].path), **options)
-        found[number].append(measured | {"cold": options.get("cold", False)})
+    for function, options in track(jobs, "measuring"):
+        # All datasets in a row, so that other work on the machine disturbs all alike.
+        for shards, own in zip(datasets, found, strict=True):
+            own.append(_probe(function, path=str(shards.path), **options))
     loaders = [
         {"path": str(shards.path), "people": len(shards), "compared": _compare(shards, folder, size)}
-        for shards in track(compared, "comparing loaders", total=len(compared))
+        for shards in track(compared, "comparing loaders")
     ]
     return {
         "bench": "data",
@@ -114,12 +109,10 @@ def _summarize(shards: Shards, found: Sequence[dict[str, Any]]) -> dict[str, Any
 def show_data(report: dict[str, Any]) -> None:
     """Print the measurements: a column for each dataset, and the last one divided by the first."""
     datasets, settings = report["datasets"], report["settings"]
-    table = Table(title="Data: cost by size", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for dataset in datasets:
-        table.add_column(f"{dataset['people']:,} people\n{dataset['images']:,} images", justify="right", no_wrap=True)
-    if len(datasets) > 1:
-        table.add_column("last / first", justify="right", no_wrap=True)
+    names = [f"{dataset['people']:,} people\n{dataset['images']:,} images" for dataset in datasets]
+    names += ["last / first"] if len(datasets) > 1 else []
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("", no_wrap=True), *columns, title="Data: cost by size", title_justify="left")
     for cells in zip(*map(_rows, datasets), strict=True):
         (name, digits, first), last = cells[0], cells[-1][2]
         shown = ["-" if number is None else f"{number:,.{digits}f}" for _, _, number in cells]
@@ -134,20 +127,18 @@ def show_data(report: dict[str, Any]) -> None:
     )
     for one in report["loaders"]:
         show_loaders(one["path"], one["people"], one["compared"])
-    stdout.print(escape(describe(report["environment"])), soft_wrap=True)
+    stdout.print(describe(report["environment"]), soft_wrap=True, markup=False)
 
 
 def _rows(dataset: dict[str, Any]) -> list[tuple[str, int, float | None]]:
     """Return name, digits and value of each row of the table; the value is None if this system does not tell it."""
     loading = dataset["loading"]
-    rows: list[tuple[str, int, float | None]] = [
-        ("open, s", 3, dataset["open_seconds"]),
-        ("open from files not in memory, s", 3, dataset["open_cold_seconds"]),
-    ]
+    rows = [("open, s", 3, dataset["open_seconds"])]
+    rows.append(("open from files not in memory, s", 3, dataset["open_cold_seconds"]))
     for n in RATE_WORKERS:
         for place, start in (("the start", "start"), ("90 % of an epoch", "far")):
-            seconds = loading[str(n)]["first_batch_seconds"][start]
-            rows.append((f"first batch from {place}, {count_workers(n)}, s", 3, seconds))
+            name = f"first batch from {place}, {count_workers(n)}, s"
+            rows.append((name, 3, loading[str(n)]["first_batch_seconds"][start]))
     for n in MEMORY_WORKERS:
         measured, name = loading[str(n)], count_workers(n)
         processes = [measured["main_memory"], *measured["worker_memory"]]

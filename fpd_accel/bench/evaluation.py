@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from fpd_accel.bench.environment import describe, environment
@@ -57,10 +56,8 @@ class Comparison:
 def run_comparison(comparison: Comparison, *, rounds: int) -> tuple[Seconds, float]:
     """Return the seconds of each round and the difference of the results; both sides alternate in going first.
 
-    The results compared are those of a first, untimed round, which also pays for lazy initialisation.
-
-    Raises:
-        BenchError: The results differ by more than the tolerance.
+    The results compared are those of a first, untimed round, which also pays for lazy initialisation. Raise a
+    BenchError if they differ by more than the tolerance.
     """
     difference = comparison.difference(comparison.reference(), comparison.ours())
     if not difference <= comparison.tolerance:
@@ -92,14 +89,9 @@ def summarize(seconds: Seconds) -> dict[str, Any]:
 
 
 def bench_eval(*, people: int = 2000, batch: int = 32, rounds: int = 5) -> dict[str, Any]:
-    """Return the measurements, for JSON and for `show_eval`.
-
-    Raises:
-        BenchError: Ours and the reference do not agree.
-    """
+    """Return the measurements, for JSON and `show_eval`; raise a BenchError if ours and the reference do not agree."""
     where = environment()  # before measuring, which is a load itself
-    codec = HeatmapCodec()
-    boxes = draw_boxes(people, COCO.num_keypoints)
+    codec, boxes = HeatmapCodec(), draw_boxes(people, COCO.num_keypoints)
     seconds: dict[str, Seconds] = {}
     facts: dict[str, dict[str, Any]] = {}
 
@@ -107,16 +99,15 @@ def bench_eval(*, people: int = 2000, batch: int = 32, rounds: int = 5) -> dict[
         for one in comparisons:
             measured, difference = run_comparison(one, rounds=rounds)
             seconds[one.name] = seconds.get(one.name, 0) + measured
-            difference = max(difference, facts.get(one.name, {"difference": 0.0})["difference"])
-            facts[one.name] = {"difference": difference, "tolerance": one.tolerance, "unit": one.unit}
+            own = facts.setdefault(one.name, {"difference": 0.0, "tolerance": one.tolerance, "unit": one.unit})
+            own["difference"] = max(difference, own["difference"])
 
-    found, scores = [], []
+    decoded = []
     for rows, heatmaps in track(draw_heatmaps(boxes, codec, batch=batch), "heatmaps", total=-(-people // batch)):
         run(_heatmap_comparisons(boxes, rows, heatmaps, codec), rounds=rounds)
-        keypoints, peaks = decode_heatmaps(heatmaps, *_regions(boxes, rows))
-        found.append(keypoints.numpy())
-        scores.append(peaks.numpy())
-    predictions = Predictions(np.arange(people), np.concatenate(found), np.concatenate(scores))
+        decoded.append(decode_heatmaps(heatmaps, *boxes.regions(rows)))
+    keypoints, scores = (torch.cat(parts).numpy() for parts in zip(*decoded, strict=True))
+    predictions = Predictions(np.arange(people), keypoints, scores)
     run(_suppression_comparisons(boxes, predictions), rounds=rounds)
     with TemporaryDirectory(prefix="fpd-bench-") as folder:
         run([_precision_comparison(boxes, predictions, Path(folder))], rounds=min(rounds, AP_ROUNDS))
@@ -127,14 +118,9 @@ def bench_eval(*, people: int = 2000, batch: int = 32, rounds: int = 5) -> dict[
         "environment": where,
         "settings": {"people": people, "batch": batch, "rounds": rounds, "threads": torch.get_num_threads()},
         "steps": [
-            {"name": name, **facts[name], **summarize(own), "target": TARGETS.get(name)}
-            for name, own in seconds.items()
+            {"name": name, **facts[name], **summarize(seconds[name]), "target": TARGETS.get(name)} for name in facts
         ],
     }
-
-
-def _regions(boxes: Boxes, rows: slice) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(boxes.centers[rows]), torch.from_numpy(boxes.sizes[rows])
 
 
 def _heatmap_comparisons(boxes: Boxes, rows: slice, heatmaps: Tensor, codec: HeatmapCodec) -> Iterator[Comparison]:
@@ -148,30 +134,24 @@ def _heatmap_comparisons(boxes: Boxes, rows: slice, heatmaps: Tensor, codec: Hea
     ours = partial(codec.encode, torch.from_numpy(keypoints), torch.from_numpy(visible))
     yield Comparison("encode", theirs, ours, _largest_of_pair, 1e-6, "of a peak of 1")
     centers, scales = boxes.centers[rows], boxes.sizes[rows] / PIXELS_PER_SCALE
-    ours = partial(decode_heatmaps, heatmaps, *_regions(boxes, rows))
-    yield Comparison(
-        "decode",
-        lambda: published.decode(heatmaps.clone().cpu().numpy(), centers, scales),
-        ours,
-        _largest_of_pair,
-        2e-3,
-        "pixels or of a peak of 1",
-    )
+    theirs = partial(published.decode, heatmaps, centers, scales)
+    ours = partial(decode_heatmaps, heatmaps, *boxes.regions(rows))
+    yield Comparison("decode", theirs, ours, _largest_of_pair, 2e-3, "pixels or of a peak of 1")
 
 
 def _suppression_comparisons(boxes: Boxes, predictions: Predictions) -> Iterator[Comparison]:
     """Compare rescoring and NMS of all people of all images at once, as done after inference."""
-    options, areas = Evaluate(), boxes.areas
+    options = Evaluate()
     triples = np.concatenate([predictions.keypoints, predictions.scores[..., None]], axis=2, dtype=np.float64)
     people = [
         {"image": int(image), "score": float(score), "area": float(area), "keypoints": own}
-        for image, score, area, own in zip(boxes.images, boxes.scores, areas, triples, strict=True)
+        for image, score, area, own in zip(boxes.images, boxes.scores, boxes.areas, triples, strict=True)
     ]
     thresholds = {"keypoint_threshold": options.keypoint_threshold, "threshold": options.nms_threshold}
     for kind in ("hard", "soft"):
         theirs = partial(published.rescore_and_suppress, people, COCO.sigmas, **thresholds, soft=kind == "soft")
         ours = partial(
-            select_poses, predictions, boxes.images, boxes.scores, areas,
+            select_poses, predictions, boxes.images, boxes.scores, boxes.areas,
             options=options.model_copy(update={"nms": kind}), sigmas=COCO.sigmas,
         )  # fmt: skip
         yield Comparison(f"rescore + {kind} NMS", theirs, ours, _results_differ, 1e-3, "pixels or of a score of 1")
@@ -215,10 +195,9 @@ def show_eval(report: dict[str, Any]) -> None:
     """Print the measurements, a row for each step."""
     settings = report["settings"]
     title = f"Around the network: {settings['people']:,} people, {COCO.num_keypoints} keypoints"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in ("reference, ms", "ours, ms", "times as fast", "of rounds", "wanted", "differ by", "allowed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("reference, ms", "ours, ms", "times as fast", "of rounds", "wanted", "differ by", "allowed")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("", no_wrap=True), *columns, title=title, title_justify="left")
     for step in report["steps"]:
         table.add_row(
             step["name"],
@@ -236,4 +215,4 @@ def show_eval(report: dict[str, Any]) -> None:
         "fpd_accel/bench/published/eval.py",
         soft_wrap=True,
     )
-    stdout.print(escape(describe(report["environment"])), soft_wrap=True)
+    stdout.print(describe(report["environment"]), soft_wrap=True, markup=False)

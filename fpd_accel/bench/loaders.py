@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.data import DataLoader
 
-from fpd_accel.bench.probe import INPUT_SIZE, payload
+from fpd_accel.bench.probe import INPUT_SIZE, payload, skip
 from fpd_accel.bench.published.loader import PublishedDataset
 from fpd_accel.codecs import HeatmapCodec
 from fpd_accel.config.schema import Augment
@@ -30,7 +30,7 @@ from fpd_accel.console import stdout
 from fpd_accel.data.batch import Batch, Normalization
 from fpd_accel.data.pixel_cache import CHANNELS, open_decoded
 from fpd_accel.data.shards import Shards
-from fpd_accel.data.stream import READ_AHEAD, PoseStream, close_loader, make_loader
+from fpd_accel.data.stream import READ_AHEAD, PoseStream, close_loader, make_loader, start_worker
 from fpd_accel.errors import BenchError
 from fpd_accel.files import amount
 from fpd_accel.outputs import STRIDE
@@ -44,6 +44,7 @@ NAMES = {
     "grouped": "ours, data.group_by_image",
     "decoded": "ours, data.decoded_cache",
 }
+OURS = [name for name in NAMES if name != "reference"]
 CACHE_AT_MOST = 4 * 10**9  # bytes of decoded images
 
 
@@ -54,9 +55,8 @@ def compare_loaders(
 
     The images of these samples are decoded into `folder` for the variant with `data.decoded_cache`.
 
-    Raises:
-        BenchError: The loaders do not agree, or the images of the fewest batches exceed `CACHE_AT_MOST`.
-        DataError: The dataset cannot be read, or the folder cannot be written.
+    Raise a BenchError if the loaders do not agree, or the images of the fewest batches exceed `CACHE_AT_MOST`; a
+    DataError if the dataset cannot be read, or the folder cannot be written.
     """
     use_one_thread()
     shards = Shards(path)
@@ -68,24 +68,23 @@ def compare_loaders(
     published = PublishedDataset(stream, samples)
     error = compare_crops(stream, published)
     kept.decoded = decoded = open_decoded(kept, folder, rows=np.unique(_image_rows(stream, samples)))
-    streams = {"ours": stream, "prepared": stream, "grouped": create(shards, group_by_image=True)}
-    streams["decoded"] = create(kept)
+    streams = dict(zip(OURS, (stream, stream, create(shards, group_by_image=True), create(kept)), strict=True))
 
     def loader(name: str, workers: int) -> DataLoader[Any]:
         if name != "reference":
             return make_loader(streams[name], workers, torch.device("cpu"))
         ahead = READ_AHEAD if workers else None
-        return DataLoader(published, batch, num_workers=workers, prefetch_factor=ahead, worker_init_fn=_start_worker)
+        return DataLoader(published, batch, num_workers=workers, prefetch_factor=ahead, worker_init_fn=start_worker)
 
     codec = HeatmapCodec(input_size, (input_size[0] // STRIDE, input_size[1] // STRIDE))
-    time_rounds = partial(_time_rounds, codec=codec, batch=batch, batches=per_round)
+    size = {"batch": batch, "batches": per_round}
     sent = {"ours": payload(stream.batch(range(batch))), "reference": payload(next(iter(loader("reference", 0))))}
     return {
         "rounds": ROUNDS,
         "batches_per_round": per_round,
         "bytes_per_sample": {name: size / batch for name, size in sent.items()},
         "error": error,
-        "workers": {str(n): time_rounds(partial(loader, workers=n), workers=n) for n in WORKERS},
+        "workers": {str(n): _time_rounds(loader, codec, workers=n, **size) for n in WORKERS},
         "decoded_bytes": decoded.bytes,
     }
 
@@ -147,28 +146,23 @@ def _image_rows(stream: PoseStream, samples: int) -> np.ndarray:
 
 
 def _time_rounds(
-    create: Callable[[str], DataLoader[Any]], *, codec: HeatmapCodec, workers: int, batch: int, batches: int
+    create: Callable[[str, int], DataLoader[Any]], codec: HeatmapCodec, *, workers: int, batch: int, batches: int
 ) -> dict[str, Any]:
     """Measure samples per second and seconds to the first batch of each round; the order alternates."""
-    rates: dict[str, list[float]] = {name: [] for name in NAMES}
-    first: dict[str, list[float]] = {name: [] for name in NAMES}
+    rates, first = ({name: list[float]() for name in NAMES} for _ in range(2))
     for number in range(ROUNDS):
         for name in list(NAMES)[:: 1 if number % 2 == 0 else -1]:
-            finish = partial(prepare, codec=codec) if name == "prepared" else None
             began = time.perf_counter()
-            loading = iter(create(name))
-            _read(loading, 1, finish)
+            loading = iter(create(name, workers))
+            read = map(partial(prepare, codec=codec), loading) if name == "prepared" else loading
+            next(read)
             first[name].append(time.perf_counter() - began)
-            _read(loading, READ_AHEAD * workers, finish)  # batches read ahead would make the rate too high
+            skip(read, READ_AHEAD * workers)  # batches read ahead would make the rate too high
             began = time.perf_counter()
-            _read(loading, batches, finish)
+            skip(read, batches)
             rates[name].append(batches * batch / (time.perf_counter() - began))
             close_loader(loading)
-    ratios = {
-        name: [own / theirs for own, theirs in zip(rates[name], rates["reference"], strict=True)]
-        for name in NAMES
-        if name != "reference"
-    }
+    ratios = {name: [a / b for a, b in zip(rates[name], rates["reference"], strict=True)] for name in OURS}
     measured = {"samples_per_second": rates, "first_batch_seconds": first, "ratio": ratios}
     return {key: {name: _range(values) for name, values in own.items()} for key, own in measured.items()}
 
@@ -178,27 +172,15 @@ def prepare(batch: Batch, codec: HeatmapCodec) -> object:
     return Normalization()(batch.crops), codec.encode(batch.keypoints, batch.visible)
 
 
-def _read(loading: Iterator[Any], batches: int, finish: Callable[[Any], object] | None) -> None:
-    for _ in range(batches):
-        batch = next(loading)
-        if finish is not None:
-            finish(batch)
-
-
 def _range(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def _start_worker(_: int) -> None:
-    """Switch off OpenCV's threads, which do not survive the fork: a worker would wait for them."""
-    cv2.setNumThreads(0)
-
-
 def show_loaders(path: str, people: int, found: dict[str, Any]) -> None:
     """Print a comparison as a table."""
-    table = Table(title=f"Loader against the published one's: {path}, {people:,} people", title_justify="left")
-    for name in ("", "samples/s", "times the published", "first batch, s", "bytes per sample"):
-        table.add_column(name, justify="right" if name else "left")
+    names = ("samples/s", "times the published", "first batch, s", "bytes per sample")
+    title = f"Loader against the published one's: {path}, {people:,} people"
+    table = Table("", *(Column(name, justify="right") for name in names), title=title, title_justify="left")
     sent = found["bytes_per_sample"]
     for workers, measured in found["workers"].items():
         rates, first, ratios = (measured[key] for key in ("samples_per_second", "first_batch_seconds", "ratio"))

@@ -9,7 +9,9 @@ import os
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,9 @@ def memory(pid: int | str = "self") -> dict[str, float] | None:
     rollup = Path(f"/proc/{pid}/smaps_rollup")
     if not rollup.exists():
         return None
-    words = (line.split() for line in rollup.read_text(encoding="utf-8").splitlines()[1:])
-    kilobytes = {word[0].rstrip(":"): int(word[1]) for word in words}
-    fields = {"private": "Private_Dirty", "anonymous": "Pss_Anon", "proportional": "Pss"}
-    return {name: kilobytes[field] * 1024 / 1e6 for name, field in fields.items()}
+    kilobytes = dict(line.split()[:2] for line in rollup.read_text(encoding="utf-8").splitlines()[1:])
+    fields = {"private": "Private_Dirty:", "anonymous": "Pss_Anon:", "proportional": "Pss:"}
+    return {name: int(kilobytes[field]) * 1024 / 1e6 for name, field in fields.items()}
 
 
 def time_opening(path: str, *, cold: bool) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def time_opening(path: str, *, cold: bool) -> dict[str, Any]:
     began = time.perf_counter()
     shards = Shards(path)
     shards.open()
-    return {"seconds": time.perf_counter() - began, "people": len(shards), "images": len(shards.images)}
+    seconds = time.perf_counter() - began
+    return {"cold": cold, "seconds": seconds, "people": len(shards), "images": len(shards.images)}
 
 
 def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[str, Any]:
@@ -73,12 +75,10 @@ def time_loading(path: str, *, workers: int, batch: int, batches: int) -> dict[s
             first[name].append(time.perf_counter() - began)
             close_loader(loading)
     loading = _batches(shards, starts["far"], workers=workers, batch=batch)
-    for _ in range(READ_AHEAD * workers):  # batches read ahead would make the rate too high
-        next(loading)
+    skip(loading, READ_AHEAD * workers)  # batches read ahead would make the rate too high
     sent = payload(next(loading))
     began = time.perf_counter()
-    for _ in range(batches):
-        next(loading)
+    skip(loading, batches)
     rate = batches * batch / (time.perf_counter() - began)
     pids = [process.pid for process in torch.multiprocessing.active_children()]
     found = {
@@ -98,6 +98,11 @@ def _batches(shards: Shards, start: int, *, workers: int, batch: int) -> Iterato
         shards, input_size=INPUT_SIZE, batch_size=batch, augment=Augment(), start=start, stop=sys.maxsize
     )
     return iter(make_loader(stream, workers, torch.device("cpu")))
+
+
+def skip(batches: Iterator[Any], number: int) -> None:
+    """Read a number of batches and drop each at once."""
+    deque(islice(batches, number), maxlen=0)
 
 
 def payload(sent: Any) -> int:
@@ -120,9 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(error)
     except MemoryError:
-        return fail(
-            BenchError(f"{options['path']}: no memory for batches of {options['batch']} samples; lower --batch")
-        )
+        name = f"{options['path']}: no memory for batches of {options['batch']} samples"
+        return fail(BenchError(f"{name}; lower --batch"))
     print(json.dumps(found))
     return 0
 

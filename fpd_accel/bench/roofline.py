@@ -73,14 +73,11 @@ def count_layers(network: nn.Module, images: tuple[int, int, int, int]) -> list[
 
 def forward_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
     """Return the passes of a forward, with elements of `element` bytes."""
-    return [
-        Pass(
-            f"{layer.kind} forward",
-            2 * layer.macs,
-            element * (layer.inputs + layer.weights + layer.outputs * (1 + layer.normalised)),
-        )
-        for layer in layers
-    ]
+    passes = []
+    for layer in layers:
+        elements = layer.inputs + layer.weights + layer.outputs * (1 + layer.normalised)
+        passes.append(Pass(f"{layer.kind} forward", 2 * layer.macs, element * elements))
+    return passes
 
 
 def training_passes(layers: Sequence[Layer], element: int) -> list[Pass]:
@@ -131,15 +128,14 @@ class _Counter(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.layers: list[Layer] = []
-        self._made_by: dict[int, Layer] = {}
-        self._kept: list[Tensor] = []  # keeps ids unique
+        self._made_by: dict[Tensor, Layer] = {}
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Any = (), named: Any = None
     ) -> Any:
         result = function(*arguments, **(named or {}))
         if function is F.batch_norm:
-            layer = self._made_by.get(id(arguments[0]))
+            layer = self._made_by.get(arguments[0])
             if layer is not None and (named or {}).get("training", arguments[5] if len(arguments) > 5 else False):
                 layer.normalised = True
         elif function in COUNTED:
@@ -155,8 +151,7 @@ class _Counter(TorchFunctionMode):
                 input_gradient=read.requires_grad,
             )
             self.layers.append(layer)
-            self._made_by[id(result)] = layer
-            self._kept.append(result)
+            self._made_by[result] = layer
         return result
 
 

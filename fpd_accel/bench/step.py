@@ -1,38 +1,29 @@
 """`fpd-accel bench step`: the time of our training step beside the published one, from equal weights and batches.
 
-The variants are in `variants.py`. A round takes some steps of each variant, timed
-from an idle device to an idle device, and ratios are taken within a round, so that the machine's other load disturbs
-both sides. Batches are made beforehand: host work of the published loader costs only its larger copy to the device.
-Losses before the first step must agree before anything is timed; tests compare both steps exactly, gradients included.
+The variants are in `variants.py`. A round takes some steps of each variant, timed from an idle device to an idle
+device, and ratios are taken within a round, so that the machine's other load disturbs both sides. Batches are made
+beforehand: host work of the published loader costs only its larger copy to the device. Losses before the first step
+must agree before anything is timed; tests compare both steps exactly, gradients included.
 """
 
 import copy
 import gc
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import cycle, islice
 from typing import Any, TypeVar
 
 import torch
 
+from fpd_accel.bench import VARIANTS
 from fpd_accel.bench.environment import environment
+from fpd_accel.bench.published.step import PublishedStep
 from fpd_accel.bench.roofline import Ceilings, step_passes, summary
-from fpd_accel.bench.step_probe import Memory, Stopwatch, copy_ceiling, count_kernels, matmul_ceiling, synchronize
-from fpd_accel.bench.step_report import BatchReport, StepReport
-from fpd_accel.bench.variants import (
-    STAGES,
-    VARIANTS,
-    OurStep,
-    Setup,
-    StepBench,
-    Variant,
-    create_inputs,
-    create_setup,
-    create_variant,
-)
+from fpd_accel.bench.step_probe import Memory, Stopwatch, copy_ceiling, count_kernels, matmul_ceiling, time_work
+from fpd_accel.bench.variants import STAGES, OurStep, Setup, StepBench, create_inputs, create_setup, create_variant
 from fpd_accel.console import track
 from fpd_accel.data.batch import Batch
 from fpd_accel.errors import BenchError
@@ -45,15 +36,19 @@ WARM_UP = {"cpu": 1, "cuda": 5}  # untimed steps
 STEPS = {"cpu": 1, "cuda": 20}  # of a round
 LOSS_TOLERANCE = 2e-2  # relative; bf16 differs by 1e-3
 Result = TypeVar("Result")
+Variants = dict[str, OurStep | PublishedStep]  # by name
 
 
-def bench_step(bench: StepBench) -> StepReport:
+def bench_step(bench: StepBench) -> dict[str, Any]:
     """Return the measurements, for JSON and for `step_report.show_step`.
 
-    Raises:
-        BenchError: The variants do not compute the same losses.
-        ModelError: A network does not exist, or does not take images of this size.
-        TrainingError: The device does not exist.
+    Of each batch size: `variants` by name, without those in `no_room`, which ran out of memory; `ratios` of images/s of
+    `a` over those of `b` within a round, by "a/b"; `loss_difference` from the first variant before the first step,
+    relative; `stages` of `ours` and "host gap", seconds, with `host_ahead`, whether the stages are free of host time
+    (None on a CPU), all absent without `ours`; `roofline`, see `roofline.summary`, with the share that `ours` reaches.
+    Spreads are median, low and high (quartiles) over the rounds.
+
+    Raise a BenchError if the variants do not compute the same losses, and the errors of `variants.create_setup`.
     """
     where = environment()  # before measuring, which is a load itself
     setup = create_setup(bench)
@@ -62,12 +57,17 @@ def bench_step(bench: StepBench) -> StepReport:
     measured, reached = [], [_ceilings(setup)]
     for batch in setup.batches:
         measured.append(_measure(setup, batch))
-        again = _if_room(partial(_ceilings, setup), device)
-        if again is not None:
+        if (again := _if_room(partial(_ceilings, setup))) is not None:
             reached.append(again)  # the best counts, since a shared machine is slow at times
     flops, fp32, copied = map(max, zip(*reached, strict=True))
     for result in measured:
-        _add_roofline(result, setup, Ceilings(flops, copied))
+        networks = (copy.deepcopy(network).to("meta") for network in setup.networks)
+        size = {"batch": result["batch"], "input_size": bench.input_size}
+        passes = step_passes(*networks, **size, element=setup.dtype.itemsize)
+        result["roofline"] = roofline = summary(passes, Ceilings(flops, copied), result["batch"])
+        if "ours" in result["variants"]:
+            rate = result["variants"]["ours"]["images_per_second"]["median"]
+            roofline["reached"] = rate / roofline["images_per_second"]
     chosen = {"device": device.type, "precision": setup.precision, "precision_reason": setup.precision_reason}
     return {
         "bench": "step",
@@ -86,41 +86,30 @@ def _ceilings(setup: Setup) -> tuple[float, float, float]:
     return flops, fp32, copy_ceiling(setup.device)
 
 
-def _add_roofline(result: BatchReport, setup: Setup, ceilings: Ceilings) -> None:
-    """Add the roofline to the measurements of one batch size."""
-    batch, ours = result["batch"], result["variants"].get("ours")
-    networks = (copy.deepcopy(network).to("meta") for network in setup.networks)
-    passes = step_passes(*networks, batch=batch, input_size=setup.bench.input_size, element=setup.dtype.itemsize)
-    result["roofline"] = roofline = summary(passes, ceilings, batch)
-    if ours is not None:
-        roofline["reached"] = ours["images_per_second"]["median"] / roofline["images_per_second"]
-
-
-def _measure(setup: Setup, batch: int) -> BatchReport:
+def _measure(setup: Setup, batch: int) -> dict[str, Any]:
     """Measure one batch size; `no_room` lists the variants that the device's memory does not hold."""
-    device, bench = setup.device, setup.bench
-    inputs = create_inputs(setup, batch)
+    bench, inputs = setup.bench, create_inputs(setup, batch)
     variants = {name: create_variant(name, setup, batch) for name in bench.variants}
-    found: dict[str, Any] = {}
-    losses: dict[str, list[float]] = {}
-    for name in track(list(variants), f"warming up, batch {batch}", total=len(variants)):
-        warm = _if_room(partial(_warm_up, variants[name], inputs[name], device), device)
+    found, losses = dict[str, Any](), dict[str, list[float]]()
+    for name in track(bench.variants, f"warming up, batch {batch}"):
+        warm = _if_room(partial(_warm_up, variants[name], inputs[name], setup.device))
         if warm is None:
             del variants[name]
         else:
             losses[name], found[name] = warm
     differences = compare_losses(losses)
-    seconds = _if_room(partial(_rounds, variants, inputs, setup, f"measuring, batch {batch}"), device)
+    seconds = _if_room(partial(_rounds, variants, inputs, setup, f"measuring, batch {batch}"))
     if seconds is None:
         seconds, found = {}, {}
         variants.clear()
     rates = {name: [batch / each for each in own] for name, own in seconds.items()}
     for name, own in found.items():
         own |= {"images_per_second": spread(rates[name]), "seconds": seconds[name]}
-    result: BatchReport = {
+    pairs = [(one, other) for one, others in RATIOS.items() for other in others if {one, other} <= rates.keys()]
+    result: dict[str, Any] = {
         "batch": batch,
         "variants": found,
-        "ratios": _ratios(rates),
+        "ratios": {f"{a}/{b}": spread([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in pairs},
         "loss_difference": differences,
         "no_room": [name for name in bench.variants if name not in found],
     }
@@ -136,21 +125,22 @@ def _measure(setup: Setup, batch: int) -> BatchReport:
     return result
 
 
-def _if_room(work: Callable[[], Result], device: torch.device) -> Result | None:
+def _if_room(work: Callable[[], Result]) -> Result | None:
     """Return the result of `work`, or None, with its memory freed, if the device's memory does not suffice."""
     with suppress(torch.OutOfMemoryError):  # tensors in its frames are freed only after this block
         return work()
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
     return None
 
 
-def _warm_up(variant: Variant, batches: Sequence[Any], device: torch.device) -> tuple[list[float], dict[str, Any]]:
+def _warm_up(
+    variant: OurStep | PublishedStep, batches: Sequence[Any], device: torch.device
+) -> tuple[list[float], dict[str, Any]]:
     """Return the losses before the first step and, after some untimed steps, memory and kernels of one."""
     losses = variant.losses(batches[0])  # loads libraries too, whose memory is not the variant's
     memory = Memory(device)
-    variant.run(_turns(batches, WARM_UP[device.type]))
+    variant.run(list(islice(cycle(batches), WARM_UP[device.type])))
     if device.type == "cuda":  # while cuDNN chooses its algorithms it takes more memory than a step does
         torch.cuda.reset_peak_memory_stats(device)
         variant.run(batches[:1])
@@ -159,11 +149,7 @@ def _warm_up(variant: Variant, batches: Sequence[Any], device: torch.device) -> 
 
 
 def compare_losses(losses: dict[str, list[float]]) -> dict[str, float]:
-    """Return the largest relative difference of each variant's losses from those of the first variant.
-
-    Raises:
-        BenchError: A difference exceeds `LOSS_TOLERANCE`.
-    """
+    """Return each variant's largest relative difference of losses from the first's; raise BenchError if too large."""
     reference = next(iter(losses.values()), [])
     differences = {
         name: max(abs(value - right) / max(abs(right), 1e-12) for value, right in zip(own, reference, strict=True))
@@ -178,41 +164,22 @@ def compare_losses(losses: dict[str, list[float]]) -> dict[str, float]:
     return differences
 
 
-def _ratios(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    return {
-        f"{one}/{other}": spread([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-        for one, others in RATIOS.items()
-        for other in others
-        if one in rates and other in rates
-    }
-
-
-def _rounds(
-    variants: dict[str, Variant], inputs: dict[str, list[Any]], setup: Setup, title: str
-) -> dict[str, list[float]]:
+def _rounds(variants: Variants, inputs: dict[str, list[Any]], setup: Setup, title: str) -> dict[str, list[float]]:
     """Return the seconds of a step of each variant in each round; each round starts with another variant."""
-    device, names, seconds = setup.device, list(variants), {name: list[float]() for name in variants}
-    steps = setup.bench.steps or STEPS[device.type]
+    names, seconds = list(variants), {name: list[float]() for name in variants}
+    steps = setup.bench.steps or STEPS[setup.device.type]
     order = [names[(n + k) % len(names)] for n in range(setup.bench.rounds) for k in range(len(names))]
-    for name in track(order, title, total=len(order)):
-        turns = _turns(inputs[name], steps)
-        synchronize(device)
-        began = time.perf_counter()
-        variants[name].run(turns)
-        synchronize(device)
-        seconds[name].append((time.perf_counter() - began) / steps)
+    for name in track(order, title):
+        work = partial(variants[name].run, list(islice(cycle(inputs[name]), steps)))
+        seconds[name].append(time_work(setup.device, work) / steps)
     return seconds
-
-
-def _turns(batches: Sequence[Any], steps: int) -> list[Any]:
-    return [batches[number % len(batches)] for number in range(steps)]
 
 
 def _stages(ours: OurStep, batches: Sequence[Batch], setup: Setup) -> tuple[dict[str, float], bool | None]:
     """Return median seconds of each stage of our step, and whether they are a GPU's alone (see `Stopwatch`)."""
     found: dict[str, list[float]] = {stage: [] for stage in STAGES}
     ahead: list[bool | None] = []
-    for batch in _turns(batches, setup.bench.rounds):
+    for batch in islice(cycle(batches), setup.bench.rounds):
         watch = Stopwatch(setup.device)
         ours.staged(batch, watch.mark)
         ahead.append(watch.host_is_ahead())

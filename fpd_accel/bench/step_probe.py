@@ -4,11 +4,12 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 REPEATS = 5  # of which the best counts, since a ceiling is a rate that was reached once
@@ -24,38 +25,40 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_work(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the seconds of `work`, from an idle device to an idle device."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Return the FLOP/s of a large square matrix product; float32 on a GPU uses TF32 if convolutions do."""
-    size, launches = MATRIX[device.type], LAUNCHES[device.type]
+    size = MATRIX[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
-        return 2 * size**3 * launches / _best(device, lambda: torch.mm(left, right, out=product), launches)
+        return 2 * size**3 / _fastest(device, lambda: torch.mm(left, right, out=product))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def copy_ceiling(device: torch.device) -> float:
     """Return the bytes/s, read and written, of copying a large tensor in the device's memory."""
-    launches = LAUNCHES[device.type]
     source = torch.ones(COPIED[device.type] // 4, device=device)
     copied = torch.empty_like(source)
-    return 2 * source.nbytes * launches / _best(device, lambda: copied.copy_(source), launches)
+    return 2 * source.nbytes / _fastest(device, lambda: copied.copy_(source))
 
 
-def _best(device: torch.device, work: Callable[[], object], launches: int) -> float:
-    """Return the seconds of the fastest of `REPEATS`, after an untimed one."""
-    found = []
-    for _ in range(1 + REPEATS):
-        synchronize(device)
-        began = time.perf_counter()
-        for _ in range(launches):
-            work()
-        synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+def _fastest(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the seconds of one call of `work` in the fastest of `REPEATS` runs, after an untimed one."""
+    launches = LAUNCHES[device.type]
+    runs = [time_work(device, lambda: [work() for _ in range(launches)]) for _ in range(1 + REPEATS)]
+    return min(runs[1:]) / launches
 
 
 class Stopwatch:
@@ -66,41 +69,37 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.names = device, list[str]()
+        self.device, self._marks = device, list[tuple[str, Any]]()
         synchronize(device)
         if device.type == "cuda":
             torch.cuda._sleep(AHEAD)
-        self._marks = [self._now()]
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.mark("start")
 
     def mark(self, name: str) -> None:
         """End the stage of this name."""
-        self.names.append(name)
-        self._marks.append(self._now())
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
 
     def host_is_ahead(self) -> bool | None:
         """Return whether a GPU is still busy; call it right after the last mark. None on a CPU, which is the host."""
-        return None if self.device.type != "cuda" else not self._marks[-1].query()
+        return None if self.device.type != "cuda" else not self._marks[-1][1].query()
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each stage."""
         synchronize(self.device)
-        pairs = zip(self.names, self._marks, self._marks[1:], strict=False)
         if self.device.type == "cuda":
-            return {name: began.elapsed_time(ended) / 1e3 for name, began, ended in pairs}
-        return {name: ended - began for name, began, ended in pairs}
+            return {name: began.elapsed_time(ended) / 1e3 for (_, began), (name, ended) in pairwise(self._marks)}
+        return {name: ended - began for (_, began), (name, ended) in pairwise(self._marks)}
 
 
 def count_kernels(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """Return the kernels of a step and the seconds in which any ran; on a CPU operators, and None for the seconds."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    activities = [ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]
     with profile(activities=activities, acc_events=True) as profiler:
         work()
         synchronize(device)
@@ -132,13 +131,13 @@ class Memory:
     """The peak memory of a step, without the memory that other variants hold meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.known, self.before = True, 0
+        self.device, self.known = device, True
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
-        _trim()
+        if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would hide the variant's own
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the high-water mark
             self.before = _status("VmRSS")
@@ -158,16 +157,9 @@ class Memory:
 
 def weight_bytes(*networks: nn.Module) -> int:
     """Return the bytes of parameters and buffers."""
-    tensors: list[Tensor] = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def _trim() -> None:
-    """Return freed memory that the C library keeps; otherwise the next variant would seem to need none."""
-    if os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -4,7 +4,8 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -27,19 +28,13 @@ from fpd_accel.training.distiller import Distiller
 from fpd_accel.training.student import Student
 from fpd_accel.training.teacher import Teacher
 
-VARIANTS = {
-    "published": "fp32, teacher with gradients, loss joint by joint, three .item(), accuracy on the host",
-    "published_no_grad": "the same, teacher without gradients",
-    "eager": "eager (autocast in bf16), teacher without gradients, loss at once, .item()",
-    "ours": "the step of this trainer",
-    "ours_cached": "the same, with the teacher's outputs in memory as its cache stores them (teacher.cache, bf16)",
-}
 OURS = ("ours", "ours_cached")
 BATCHES = {"cpu": (4, 8), "cuda": (24, 32, 64, 128, 256, 512)}  # samples of a step
 INPUTS = 2  # distinct batches, in turn
 JOINTS = COCO.num_keypoints
 # Of a step, in order; `prologue` normalises the images and draws the targets.
 STAGES = ("copy", "prologue", "teacher", "student", "loss", "backward", "optimizer")
+Precision = Literal["fp32", "bf16"]
 
 
 class OurStep:
@@ -48,19 +43,17 @@ class OurStep:
     def __init__(
         self, student: nn.Module, teacher: nn.Module, accelerator: Accelerator, *, codec: PoseCodec, train: Train
     ) -> None:
-        self.accelerator = accelerator
+        self.accelerator, device = accelerator, accelerator.device
+        self.copy = DeviceCopy(device)
         self.student = Student(student, accelerator, train=train, optim=Optim(lr=RATE))
         precision = torch.bfloat16 if train.precision == "bf16" else torch.float32
         if train.channels_last:
             teacher = teacher.to(memory_format=torch.channels_last)
-        self.teacher = Teacher(
-            teacher, device=accelerator.device, precision=precision, compile=train.compile, fold_norm=True
-        )
+        self.teacher = Teacher(teacher, device=device, precision=precision, compile=train.compile, fold_norm=True)
         self.networks = self.student.network, self.teacher.model  # without wrappers
         self.distiller = Distiller(self.student.model, self.teacher, codec, ALPHA)
         if self.student.compiled != "none":
             self.distiller.compile(student=self.student.compiled == "whole")
-        self.copy = DeviceCopy(accelerator.device)
         self.student.train()
 
     def forward(self, batch: Batch) -> Losses:
@@ -97,8 +90,7 @@ class OurStep:
 
         A graph of student and losses together cannot be split: where it is compiled, these stages run without it.
         """
-        distiller = self.distiller
-        batch = self.copy(batch)
+        distiller, batch = self.distiller, self.copy(batch)
         mark("copy")
         images = distiller.normalization(batch.crops)
         encoded = distiller.codec.encode(batch.keypoints, batch.visible)
@@ -108,7 +100,8 @@ class OurStep:
         outputs = distiller.student(images)
         mark("student")
         objective = Distiller(self.student.model, None, distiller.codec, ALPHA)
-        objective.teacher, objective.codec = _Known(teacher_outputs), _Known(encoded)  # type: ignore[assignment]
+        objective.codec = cast(PoseCodec, SimpleNamespace(encode=lambda *_: encoded))
+        objective.teacher = cast(Teacher, lambda _: teacher_outputs)
         losses = objective.compare(outputs, batch)
         values = self._logged(losses)
         mark("loss")
@@ -117,21 +110,6 @@ class OurStep:
         self.student.step(RATE)
         mark("optimizer")
         return values.tolist()[:3]
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Stands in for a teacher or a codec whose output is known already."""
-
-    output: Any
-
-    def __call__(self, *_: object) -> Any:
-        return self.output
-
-    encode = __call__
-
-
-Variant = PublishedStep | OurStep
 
 
 @dataclass(frozen=True)
@@ -145,7 +123,7 @@ class StepBench:
     rounds: int
     steps: int | None  # of a round
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16"]  # of eager and ours
+    precision: Literal["auto"] | Precision  # of eager and ours
     variants: tuple[str, ...]
     compile: Compile  # of ours
 
@@ -158,27 +136,18 @@ class Setup:
     batches: Sequence[int]  # samples of a step
     networks: tuple[nn.Module, nn.Module]  # student and teacher, of which each variant has copies
     accelerator: Accelerator
-    precision: Literal["fp32", "bf16"]
+    device: torch.device
+    precision: Precision  # of eager and ours
     precision_reason: str
+    dtype: torch.dtype  # the same precision
     codec: HeatmapCodec
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all variants."""
-        return self.accelerator.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of eager and ours."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 def create_setup(bench: StepBench) -> Setup:
     """Return the setup for these options.
 
-    Raises:
-        ModelError: A network does not exist, has no heatmaps, or cannot be trained on images of this size.
-        TrainingError: A GPU is requested, but PyTorch sees none.
+    Raise a ModelError if a network does not exist, has no heatmaps, or cannot be trained on images of this size; a
+    TrainingError if a GPU is requested, but PyTorch sees none.
     """
     has_gpu = torch.cuda.is_available()
     if bench.device == "cuda" and not has_gpu:
@@ -191,12 +160,11 @@ def create_setup(bench: StepBench) -> Setup:
     assert isinstance(codec, HeatmapCodec)
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise Accelerate would take a GPU if there is one
-    return Setup(bench, batches, networks, create_accelerator(precision), precision, reason, codec)
+    accelerator, dtype = create_accelerator(precision), torch.bfloat16 if precision == "bf16" else torch.float32
+    return Setup(bench, batches, networks, accelerator, accelerator.device, precision, reason, dtype, codec)
 
 
-def choose_precision(
-    name: Literal["auto", "fp32", "bf16"], device: torch.device
-) -> tuple[Literal["fp32", "bf16"], str]:
+def choose_precision(name: Literal["auto"] | Precision, device: torch.device) -> tuple[Precision, str]:
     """Return a precision and the reason for it."""
     if name != "auto":
         return name, "as requested"
@@ -229,7 +197,7 @@ def create_networks(bench: StepBench, samples: int) -> tuple[nn.Module, nn.Modul
     return student, teacher
 
 
-def create_variant(name: str, setup: Setup, batch: int) -> Variant:
+def create_variant(name: str, setup: Setup, batch: int) -> PublishedStep | OurStep:
     """Return a variant with its own copy of the weights."""
     student, teacher = (copy.deepcopy(network) for network in setup.networks)
     if name in OURS:
@@ -245,23 +213,16 @@ def create_inputs(setup: Setup, batch: int) -> dict[str, list[Any]]:
     bench = setup.bench
     ours = [draw_batch(batch, JOINTS, bench.input_size, seed=seed) for seed in range(INPUTS)]
     floats = [float_batch(one, setup.codec) for one in ours]
-    cached = _with_teacher_outputs(ours, setup) if "ours_cached" in bench.variants else []
+    by_name: dict[str, list[Any]] = {"ours": ours}
+    if "ours_cached" in bench.variants:
+        teacher = Teacher(copy.deepcopy(setup.networks[1]), device=setup.device)
+        heatmaps = (cast(Tensor, teacher(one.crops.to(setup.device))[-1]) for one in ours)
+        targets = (pack(own[:, None], "bf16")[0].clone().cpu() for own in heatmaps)  # as the cache stores them
+        by_name["ours_cached"] = [replace(one, teacher_targets=own) for one, own in zip(ours, targets, strict=True)]
     if setup.device.type == "cuda":
-        ours, cached = ([one.pin_memory() for one in own] for own in (ours, cached))
+        by_name = {name: [one.pin_memory() for one in own] for name, own in by_name.items()}
         floats = [one.map(Tensor.pin_memory) for one in floats]
-    by_name: dict[str, list[Any]] = {"ours": ours, "ours_cached": cached}
     return {name: by_name.get(name, floats) for name in bench.variants}
-
-
-def _with_teacher_outputs(batches: Sequence[Batch], setup: Setup) -> list[Batch]:
-    """Return the batches with the teacher's outputs as its cache stores them."""
-    found, teacher = [], Teacher(copy.deepcopy(setup.networks[1]), device=setup.device)
-    for batch in batches:
-        heatmaps = teacher(batch.crops.to(setup.device))[-1]
-        assert isinstance(heatmaps, Tensor)
-        packed, _ = pack(heatmaps[:, None], "bf16")
-        found.append(replace(batch, teacher_targets=packed.clone().cpu()))
-    return found
 
 
 def draw_batch(samples: int, joints: int, input_size: tuple[int, int], *, hidden: float = 0.3, seed: int = 0) -> Batch:

@@ -1,7 +1,6 @@
 """A picture of people with their labels, for the mistakes that no statistic shows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -27,16 +26,12 @@ OUTSIDE = (110, 110, 110)  # RGB colour outside the image
 EXPLANATION = "warm colours: the person's left; cool: right; green: neither; black centre: hidden; white: the box"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A person to draw, and the check that found the person, if any."""
+def choose_people(labels: Labels, findings: Sequence[Finding], *, count: int = COLUMNS * ROWS) -> dict[int, str]:
+    """Choose up to `count` usable people: a third from the findings in turn, the others evenly spaced.
 
-    row: int  # in the shards
-    check: str = ""
-
-
-def choose_people(labels: Labels, findings: Sequence[Finding], *, count: int = COLUMNS * ROWS) -> list[Choice]:
-    """Choose up to `count` usable people: a third from the findings in turn, the others evenly spaced."""
+    Returns:
+        The check that found each person, or an empty text, by the person's row in the shards.
+    """
     usable = np.flatnonzero(labels.usable)
     row_of = dict(zip(labels.ids[usable].tolist(), usable.tolist(), strict=True))
     queues = [[(row_of[i], f.check) for i in f.people if i in row_of][: count // 3] for f in findings]
@@ -47,16 +42,16 @@ def choose_people(labels: Labels, findings: Sequence[Finding], *, count: int = C
             chosen.setdefault(row, check)
     others = usable[~np.isin(usable, list(chosen))]
     places = np.linspace(0, len(others) - 1, min(count - len(chosen), len(others))).round().astype(int)
-    return [*(Choice(row, check) for row, check in chosen.items()), *(Choice(int(row)) for row in others[places])]
+    return chosen | dict.fromkeys(others[places].tolist(), "")
 
 
-def contact_sheet(shards: Shards, labels: Labels, chosen: Sequence[Choice]) -> UInt8[np.ndarray, "height width 3"]:
+def contact_sheet(shards: Shards, labels: Labels, chosen: Mapping[int, str]) -> UInt8[np.ndarray, "height width 3"]:
     """Draw the chosen people with box, skeleton, annotation id and number of keypoints, below a legend of the joints.
 
     Raises:
         DataError: An image no longer decodes.
     """
-    cells = [_cell(shards, labels, choice) for choice in track(chosen, "drawing people", total=len(chosen))]
+    cells = [_cell(shards, labels, row, chosen[row]) for row in track(chosen, "drawing people", total=len(chosen))]
     blank = np.full((CELL[0] + CAPTION, CELL[1], 3), 255, np.uint8)
     cells += [blank] * (-len(cells) % COLUMNS)
     lines = [np.concatenate(cells[start : start + COLUMNS], axis=1) for start in range(0, len(cells), COLUMNS)]
@@ -64,8 +59,7 @@ def contact_sheet(shards: Shards, labels: Labels, chosen: Sequence[Choice]) -> U
     return np.concatenate([_legend(shards.skeleton, title, COLUMNS * CELL[1]), *lines], axis=0)
 
 
-def _cell(shards: Shards, labels: Labels, choice: Choice) -> UInt8[np.ndarray, "height width 3"]:
-    row = choice.row
+def _cell(shards: Shards, labels: Labels, row: int, check: str) -> UInt8[np.ndarray, "height width 3"]:
     picture = shards.images[int(labels.image_rows[row])]
     pixels = decode_image(picture["bytes"])
     if pixels is None:
@@ -75,18 +69,22 @@ def _cell(shards: Shards, labels: Labels, choice: Choice) -> UInt8[np.ndarray, "
     matrix = crop_matrix(center, float(size[0]), CELL)
     crop = cv2.warpAffine(pixels, matrix, CELL[::-1], flags=cv2.INTER_LINEAR, borderValue=OUTSIDE)
     x, y, width, height = labels.boxes[row]
-    corners = transform_points(matrix, np.array([[x, y], [x + width, y + height]]))
-    first, second = ((round(float(a)), round(float(b))) for a, b in np.clip(corners, -1e4, 1e4))
-    cv2.rectangle(crop, first, second, (255, 255, 255), 1, cv2.LINE_AA)
+    first, last = _whole(transform_points(matrix, np.array([[x, y], [x + width, y + height]])))
+    cv2.rectangle(crop, first, last, (255, 255, 255), 1, cv2.LINE_AA)
     points, labelled = transform_points(matrix, labels.keypoints[row]), labels.labelled[row]
     crop = draw_skeleton(crop, points, labelled, shards.skeleton)
-    for x, y in np.clip(points[labelled & (labels.visibility[row] == 1)], -1e4, 1e4):
-        cv2.circle(crop, (round(float(x)), round(float(y))), 1, (0, 0, 0), -1, cv2.LINE_AA)
+    for place in _whole(points[labelled & (labels.visibility[row] == 1)]):
+        cv2.circle(crop, place, 1, (0, 0, 0), -1, cv2.LINE_AA)
     crop[:, -2:] = 255  # a gap between neighbours
     caption = np.full((CAPTION, CELL[1], 3), 255, np.uint8)
     _write(caption, f"{labels.ids[row]}: {labelled.sum()}/{len(labelled)} keypoints", (4, 13))
-    _write(caption, choice.check, (4, 27), color=(200, 0, 0))
+    _write(caption, check, (4, 27), color=(200, 0, 0))
     return np.concatenate([crop, caption], axis=0)
+
+
+def _whole(points: np.ndarray) -> list[list[int]]:
+    """Round points to whole pixels, within what OpenCV can draw."""
+    return np.rint(np.clip(points, -1e4, 1e4)).astype(int).tolist()
 
 
 def _legend(skeleton: Skeleton, title: str, width: int) -> UInt8[np.ndarray, "height width 3"]:

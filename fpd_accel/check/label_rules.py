@@ -4,9 +4,9 @@ from collections import defaultdict
 
 import numpy as np
 import pyarrow.compute as pc
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from fpd_accel.check.labels import Finding, Labels, Severity
+from fpd_accel.check.labels import Finding, Labels, People, Severity
 from fpd_accel.console import track
 from fpd_accel.data import coco, mpii
 from fpd_accel.data.shards import Shards
@@ -30,9 +30,7 @@ def check_skipped(shards: Shards) -> list[Finding]:
 def check_boxes(labels: Labels, *, cut: bool) -> list[Finding]:
     """Return findings about boxes and areas that are impossible, or do not fit their image.
 
-    Args:
-        labels: The annotations.
-        cut: Whether boxes are cut to the image before cropping.
+    `cut` says whether boxes are cut to the image before cropping.
     """
     x, y, width, height = labels.boxes.T
     right, bottom = x + width, y + height
@@ -65,11 +63,9 @@ def _areas_of_boxes(labels: Labels) -> list[Finding]:
     constant = int((labels.usable & (np.abs(labels.areas - usual * box_areas) <= 1e-3 * labels.areas)).sum())
     if len(shares) < 2 or constant <= 0.5 * len(shares):
         return []
-    text = (
-        f"{constant} of {len(shares)} people: the area is {usual:.2f} times that of the box, not that of a segment "
-        "(0.5 is the median of COCO); the larger the area, the more lenient is OKS"
-    )
-    return [Finding("information", "area_of_box", text, constant)]
+    share = f"{constant} of {len(shares)} people: the area is {usual:.2f} times that of the box"
+    hint = "not that of a segment (0.5 is the median of COCO); the larger the area, the more lenient is OKS"
+    return [Finding("information", "area_of_box", f"{share}, {hint}", constant)]
 
 
 def check_keypoints(labels: Labels) -> list[Finding]:
@@ -112,37 +108,35 @@ def outside_box(labels: Labels) -> Float[np.ndarray, "person joint"]:
 def check_repeated(labels: Labels) -> list[Finding]:
     """Return findings about repeated ids, people who refer to a wrong image, and people annotated twice."""
     everyone = np.ones(len(labels.ids), dtype=bool)
-    repeated_id = _repeats(np.unique(labels.ids, return_inverse=True)[1].reshape(-1))
     listed, count = np.unique(labels.listed_images, return_counts=True)
     wrong_row = labels.listed_images[labels.image_rows] != labels.image_ids
     text = "{share}: the annotation id is that of an earlier person, so results would be ambiguous"
-    findings = labels.finding("error", "id_repeated", repeated_id, text, among=everyone)
+    findings = labels.finding("error", "id_repeated", _repeats(labels.ids), text, among=everyone)
     text = "{share} refer to the row of another image"
     findings += labels.finding("error", "image_mixed_up", wrong_row, text, among=everyone)
-    if (count > 1).any():
-        text = f"{(count > 1).sum()} image ids appear more than once, for example {listed[count > 1][0]}"
-        findings.append(Finding("error", "image_id_repeated", text, int((count > 1).sum())))
+    if len(repeated := listed[count > 1]):
+        text = f"{len(repeated)} image ids appear more than once, for example {repeated[0]}"
+        findings.append(Finding("error", "image_id_repeated", text, len(repeated)))
     same_image, other_image = repeated_people(labels)
-    text = "{share} repeat the box and every keypoint of another person"
-    findings += labels.finding("warning", "person_repeated", same_image, f"{text} in the same image")
-    return findings + labels.finding(
-        "warning", "person_repeated_in_other_image", other_image, f"{text} in another image"
-    )
+    text = "{share} repeat the box and every keypoint of another person in"
+    findings += labels.finding("warning", "person_repeated", same_image, f"{text} the same image")
+    findings += labels.finding("warning", "person_repeated_in_other_image", other_image, f"{text} another image")
+    return findings
 
 
-def repeated_people(labels: Labels) -> tuple[Bool[np.ndarray, " person"], Bool[np.ndarray, " person"]]:
+def repeated_people(labels: Labels) -> tuple[People, People]:
     """Return which usable people repeat an earlier one in the same image, and which one in another image only."""
     rows = np.flatnonzero(labels.usable)
     parts = (labels.boxes, labels.keypoints.reshape(len(labels.ids), -1), labels.visibility)
     values = np.ascontiguousarray(np.concatenate([part[rows] for part in parts], axis=1).astype(np.float32) + 0.0)
-    groups = np.unique(values.view(f"V{4 * values.shape[1]}").ravel(), return_inverse=True)[1].reshape(-1)
+    groups = np.unique(values.view(f"V{4 * values.shape[1]}").ravel(), return_inverse=True)[1]
     in_image = np.unique(np.stack([groups, labels.image_ids[rows]], axis=1), axis=0, return_inverse=True)[1]
     same, anywhere = np.zeros(len(labels.ids), dtype=bool), np.zeros(len(labels.ids), dtype=bool)
     same[rows], anywhere[rows] = _repeats(in_image.reshape(-1)), _repeats(groups)
     return same, anywhere & ~same
 
 
-def _repeats(groups: Int[np.ndarray, " person"]) -> Bool[np.ndarray, " person"]:
+def _repeats(groups: Int[np.ndarray, " person"]) -> People:
     """Return all members of each group except its first."""
     repeats = np.ones(len(groups), dtype=bool)
     repeats[np.unique(groups, return_index=True)[1]] = False
@@ -151,12 +145,10 @@ def _repeats(groups: Int[np.ndarray, " person"]) -> Bool[np.ndarray, " person"]:
 
 def check_images(shards: Shards) -> list[Finding]:
     """Return a finding if images with different ids have the same bytes."""
-    groups = repeated_images(shards)
-    if not groups:
+    if not (groups := repeated_images(shards)):
         return []
-    names = shards.images.select_columns(["file_name"])
     extra = sum(len(group) - 1 for group in groups)
-    first = ", ".join(names[list(groups[0])]["file_name"][:3])
+    first = ", ".join(shards.images.data.column("file_name").take(groups[0][:3]).to_pylist())
     text = f"{extra} images repeat the bytes of another ({first}), so the same people count more than once"
     return [Finding("warning", "image_repeated", text, extra)]
 
@@ -167,22 +159,15 @@ def repeated_images(shards: Shards) -> list[tuple[int, ...]]:
     A file is read whole only if its length and the bytes in its middle are those of another file.
     """
     column = shards.images.data.column("bytes")
-    chunks = [chunk for chunk in column.chunks if len(chunk)]
-    starts = np.cumsum([0, *map(len, chunks)])
-    lengths = np.concatenate([pc.binary_length(chunk).to_numpy() for chunk in chunks])
-
-    def content(row: int) -> memoryview:
-        chunk = int(np.searchsorted(starts, row, side="right")) - 1
-        return memoryview(chunks[chunk][row - int(starts[chunk])].as_buffer())
-
-    _, inverse, count = np.unique(lengths, return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(pc.binary_length(column).to_numpy(), return_inverse=True, return_counts=True)
     candidates: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-    for row in np.flatnonzero(count[inverse.reshape(-1)] > 1).tolist():
-        length = int(lengths[row])
-        sample = content(row)[max(length // 2 - SAMPLED // 2, 0) : length // 2 + SAMPLED // 2]
-        candidates[length, bytes(sample)].append(row)
+    for row in np.flatnonzero(count[inverse] > 1).tolist():
+        content = memoryview(column[row].as_buffer())
+        middle = len(content) // 2
+        sample = content[max(middle - SAMPLED // 2, 0) : middle + SAMPLED // 2]
+        candidates[len(content), bytes(sample)].append(row)
     suspects = [row for rows in candidates.values() if len(rows) > 1 for row in rows]
     groups: dict[str, list[int]] = defaultdict(list)
     for row in track(suspects, "comparing images", total=len(suspects)):
-        groups[sha256(bytes(content(row)))].append(row)
+        groups[sha256(column[row].as_py())].append(row)
     return [tuple(rows) for rows in groups.values() if len(rows) > 1]

@@ -1,11 +1,11 @@
 """The annotations of a set of shards as NumPy arrays, read column by column; no image is decoded."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, Shaped
 
 from fpd_accel.data.shards import Shards
@@ -13,6 +13,7 @@ from fpd_accel.errors import DataError
 from fpd_accel.skeleton import Skeleton
 
 Severity = Literal["error", "warning", "information"]
+People = Bool[np.ndarray, " person"]
 SYSTEMATIC = 0.05  # share of people above which a mistake is taken for one of the conversion, and so for an error
 
 
@@ -39,14 +40,14 @@ class Labels:
     keypoints: Float[np.ndarray, "person joint 2"]  # x, y
     visibility: Float[np.ndarray, "person joint"]  # 0 unlabelled, 1 hidden, 2 seen; unchecked, so other values occur
     areas: Float[np.ndarray, " person"]  # square pixels
-    crowd: Bool[np.ndarray, " person"]
+    crowd: People
     exclude_reason: Shaped[np.ndarray, " person"]  # why a person is never cropped; empty for usable people
     widths: Int[np.ndarray, " person"]  # of the person's image
     heights: Int[np.ndarray, " person"]  # of the person's image
     listed_images: Int[np.ndarray, " image"]  # image id of each row of the images
 
     @cached_property
-    def usable(self) -> Bool[np.ndarray, " person"]:
+    def usable(self) -> People:
         """People who are cropped in training and evaluation."""
         return self.exclude_reason == ""
 
@@ -61,23 +62,13 @@ class Labels:
         return np.maximum(self.boxes[:, 2:].max(axis=1), 1.0)
 
     def finding(
-        self,
-        severity: Severity | None,
-        check: str,
-        chosen: Bool[np.ndarray, " person"],
-        message: str,
-        *,
-        among: Bool[np.ndarray, " person"] | None = None,
+        self, severity: Severity | None, check: str, chosen: People, message: str, *, among: People | None = None
     ) -> list[Finding]:
         """Return a finding about the chosen people, as a list: empty if none is chosen.
 
-        Args:
-            severity: None: a warning for a few people, whom annotators got wrong, and an error if the share is above
-                `SYSTEMATIC`, which points to the conversion.
-            check: Stable name of the check.
-            chosen: The people concerned.
-            message: Text in which `{share}` stands for words such as "3 of 98 people".
-            among: The people who could have been chosen; None: the usable people.
+        Without a `severity` it is a warning for a few people, whom annotators got wrong, and an error if the share is
+        above `SYSTEMATIC`, which points to the conversion. `{share}` in the message stands for words such as "3 of 98
+        people": 98 is the number of people `among` whom they are chosen, by default the usable people.
         """
         count, total = int(chosen.sum()), int((self.usable if among is None else among).sum())
         if not count:
@@ -97,40 +88,33 @@ def read_labels(shards: Shards) -> Labels:
         raise DataError(f"{shards.path}: images without annotated people: there are no labels to check")
     people, images = shards.people.data, shards.images.data
     joints = shards.skeleton.num_keypoints
-    triples = _rows(shards, people.column("keypoints").chunks, 3 * joints, name="keypoints").reshape(-1, joints, 3)
-    image_rows = _column(people, "image_row")
-    outside = (image_rows < 0) | (image_rows >= len(shards.images))
-    if outside.any():
-        raise DataError(
-            f"{shards.path}: {int(outside.sum())} people refer to images that do not exist; prepare the dataset again"
-        )
+    triples = _rows(shards, "keypoints", 3 * joints).reshape(-1, joints, 3)
+    image_rows = people.column("image_row").to_numpy()
+    if outside := int(((image_rows < 0) | (image_rows >= len(shards.images))).sum()):
+        text = f"{outside} people refer to images that do not exist; prepare the dataset again"
+        raise DataError(f"{shards.path}: {text}")
     return Labels(
         skeleton=shards.skeleton,
-        ids=_column(people, "id"),
-        image_ids=_column(people, "image_id"),
+        ids=people.column("id").to_numpy(),
+        image_ids=people.column("image_id").to_numpy(),
         image_rows=image_rows,
-        boxes=_rows(shards, people.column("box").chunks, 4, name="box").astype(np.float64),
+        boxes=_rows(shards, "box", 4).astype(np.float64),
         keypoints=triples[..., :2].astype(np.float64),
         visibility=triples[..., 2],
-        areas=_column(people, "area").astype(np.float64),
-        crowd=_column(people, "crowd"),
-        exclude_reason=_column(people, "exclude_reason").astype(str),
-        widths=_column(images, "width")[image_rows],
-        heights=_column(images, "height")[image_rows],
-        listed_images=_column(images, "id"),
+        areas=people.column("area").to_numpy().astype(np.float64),
+        crowd=people.column("crowd").to_numpy(),
+        exclude_reason=people.column("exclude_reason").to_numpy().astype(str),
+        widths=images.column("width").to_numpy()[image_rows],
+        heights=images.column("height").to_numpy()[image_rows],
+        listed_images=images.column("id").to_numpy(),
     )
 
 
-def _column(table: Any, name: str) -> np.ndarray:
-    return np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in table.column(name).chunks])
-
-
-def _rows(shards: Shards, chunks: Iterable[Any], length: int, *, name: str) -> np.ndarray:
-    """Return a column of lists of equal length as an array (row, length)."""
-    chunks = list(chunks)
-    flat = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks])
-    if len(flat) != length * sum(map(len, chunks)):
-        raise DataError(
-            f"{shards.path}: column {name!r} does not hold {length} numbers per person; prepare the dataset again"
-        )
+def _rows(shards: Shards, name: str, length: int) -> np.ndarray:
+    """Return a column of lists of equal length as an array (person, length)."""
+    column = shards.people.data.column(name)
+    flat: np.ndarray = pc.list_flatten(column).to_numpy()
+    if len(flat) != length * len(column):
+        text = f"column {name!r} does not hold {length} numbers per person; prepare the dataset again"
+        raise DataError(f"{shards.path}: {text}")
     return flat.reshape(-1, length)

@@ -52,11 +52,7 @@ class OracleScore:
     evaluated: int  # people
     people: int  # usable people of the dataset
     lost: tuple[LostPerson, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether the labels score 1.0."""
-        return min(self.average_precision, self.average_recall) > PERFECT
+    holds: bool  # whether the labels score 1.0
 
 
 def score_labels(shards: Shards, labels: Labels, *, sample: int = SAMPLE) -> OracleScore:
@@ -64,12 +60,11 @@ def score_labels(shards: Shards, labels: Labels, *, sample: int = SAMPLE) -> Ora
     pairs = similar_people(shards, labels)
     images = _images_to_score(labels, _images_at_risk(labels, pairs), max(sample, 1))
     score = _score(shards, labels, images)
-    lost: list[LostPerson] = []
-    if min(score) <= PERFECT:
-        for image in _failing_images(shards, labels, images):
-            lost += _explain(labels, image, pairs)
+    holds = min(score) > PERFECT
+    failing = () if holds else _failing_images(shards, labels, images)
+    lost = tuple(person for image in failing for person in _explain(labels, image, pairs))
     evaluated = int((labels.usable & np.isin(labels.image_ids, images)).sum())
-    return OracleScore(*score, evaluated, int(labels.usable.sum()), tuple(lost))
+    return OracleScore(*score, evaluated, int(labels.usable.sum()), lost, holds)
 
 
 def check_oracle(score: OracleScore) -> list[Finding]:
@@ -167,19 +162,12 @@ def _failing_images(shards: Shards, labels: Labels, images: Int[np.ndarray, " im
 
 def _explain(labels: Labels, image: int, pairs: dict[tuple[int, int], str]) -> list[LostPerson]:
     """Return the people because of whom the labels of one image do not score 1.0."""
-    rows = np.flatnonzero((labels.image_ids == image) & labels.usable)
-    members = set(rows.tolist())
-    reasons = [
-        (second, f"{reason}: of annotation {labels.ids[first]}")
-        for (first, second), reason in pairs.items()
-        if first in members
-    ]
+    rows = np.flatnonzero((labels.image_ids == image) & labels.usable).tolist()
+    chosen = ((first, second, reason) for (first, second), reason in pairs.items() if first in rows)
+    reasons = [(second, f"{reason}: of annotation {labels.ids[first]}") for first, second, reason in chosen]
     too_many = f"COCO counts {MOST_PEOPLE} people per image: this one has {len(rows)}"
-    reasons += [(int(row), too_many) for row in rows[MOST_PEOPLE:]]
-    never = np.flatnonzero((labels.image_ids == image) & _uncropped(labels))
-    reasons += [
-        (int(row), f"counted by the evaluation but never cropped: {labels.exclude_reason[row]}") for row in never
-    ]
-    if reasons:
-        return [LostPerson(int(labels.ids[row]), image, reason, True) for row, reason in reasons]
-    return [LostPerson(int(labels.ids[row]), image, "area, visibility or ids break the measure", False) for row in rows]
+    reasons += [(row, too_many) for row in rows[MOST_PEOPLE:]]
+    never = np.flatnonzero((labels.image_ids == image) & _uncropped(labels)).tolist()
+    reasons += [(row, f"counted by the evaluation but never cropped: {labels.exclude_reason[row]}") for row in never]
+    found = reasons or [(row, "area, visibility or ids break the measure") for row in rows]
+    return [LostPerson(int(labels.ids[row]), image, reason, bool(reasons)) for row, reason in found]

@@ -1,11 +1,15 @@
 """The report on a dataset before training, for the console, for JSON and for programs."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+from pydantic_core import to_json
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -13,8 +17,7 @@ from rich.table import Table
 from fpd_accel.check.label_rules import check_boxes, check_images, check_keypoints, check_repeated, check_skipped
 from fpd_accel.check.labels import Finding, Labels, Severity, read_labels
 from fpd_accel.check.oracle import OracleScore, check_oracle, score_labels
-from fpd_accel.check.skeleton_rules import Limb, check_limbs, check_sides, check_skeleton, measure_limbs
-from fpd_accel.check.statistics import LEVEL_NAMES, LEVELS, count_all, images_by_people, quantiles, sizes, visibility
+from fpd_accel.check.skeleton_rules import Limb, check_limbs, check_sides, check_skeleton, measure_limbs, sigma_source
 from fpd_accel.console import stdout
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
@@ -25,11 +28,16 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "information")
 NOUNS = ("error", "warning", "note")
 COLORS = {"error": "red", "warning": "yellow", "information": "cyan"}
 SHOWN_IDS = 8  # annotation ids per finding on the console; JSON has all
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+LEVEL_NAMES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
+SMALL, MEDIUM = 32.0**2, 96.0**2  # largest areas of COCO's size classes, square pixels
+GROUPS = (0, 1, 2, 3, 6, 11)  # smallest number of people per image of each group of images
+show = partial(stdout.print, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Statistics and findings of a set of shards; `statistics.py` describes the numbers."""
+    """Statistics and findings of a set of shards; the functions below describe the numbers."""
 
     path: str
     fingerprint: str
@@ -37,6 +45,7 @@ class Report:
     counts: dict[str, Any]
     images_by_people: dict[str, int]
     sizes: dict[str, int]
+    quantile_levels: tuple[float, ...]
     quantiles: dict[str, list[float]]
     joints: list[dict[str, Any]]
     limbs: list[Limb]
@@ -49,42 +58,22 @@ class Report:
 
     def raise_errors(self) -> None:
         """Raise DataError with the list of errors, if there are any."""
-        errors = self.of("error")
-        if errors:
+        if errors := self.of("error"):
             number = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
-            raise DataError("\n".join([f"{self.path}: {number} to correct", *(f"  {e.message}" for e in errors)]))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the report as values for JSON; undefined numbers are null."""
-        values: dict[str, Any] = {
-            "data": self.path,
-            "sha256": self.fingerprint,
-            "skeleton": self.skeleton.model_dump(mode="json"),
-            "counts": self.counts,
-            "images_by_people": self.images_by_people,
-            "people_by_size": self.sizes,
-            "quantile_levels": list(LEVELS),
-            "quantiles": self.quantiles,
-            "joints": self.joints,
-            "limbs": [asdict(limb) for limb in self.limbs],
-            "ground_truth_as_prediction": {**asdict(self.oracle), "holds": self.oracle.holds},
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-        return {name: _without_nan(value) for name, value in values.items()}
+            raise DataError("\n  ".join([f"{self.path}: {number} to correct", *(e.message for e in errors)]))
 
 
 def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
     """Check the skeleton and all annotations of a set of shards, without decoding an image.
 
-    Args:
-        shards: The shards.
-        labels: Their annotations, if they have been read already.
+    `labels` are its annotations, if they have been read already.
 
     Raises:
         DataError: The shards are damaged.
     """
     labels = labels or read_labels(shards)
     limbs, oracle = measure_limbs(labels), score_labels(shards, labels)
+    people_per_image = np.bincount(labels.image_rows[labels.usable], minlength=len(labels.listed_images))
     findings = [
         *check_skipped(shards),
         *check_skeleton(shards.skeleton),
@@ -100,62 +89,121 @@ def check_shards(shards: Shards, *, labels: Labels | None = None) -> Report:
         path=str(shards.path),
         fingerprint=shards.fingerprint,
         skeleton=shards.skeleton,
-        counts=count_all(shards, labels),
-        images_by_people=images_by_people(labels),
-        sizes=sizes(labels),
-        quantiles=quantiles(labels),
-        joints=visibility(labels),
+        counts=_count_all(shards, labels),
+        images_by_people=_images_by_people(people_per_image),
+        sizes=_sizes(labels),
+        quantile_levels=LEVELS,
+        quantiles=_quantiles(labels, people_per_image),
+        joints=_visibility(labels),
         limbs=limbs,
         oracle=oracle,
         findings=tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))),
     )
 
 
+def _count_all(shards: Shards, labels: Labels) -> dict[str, Any]:
+    """Return the numbers of images, people and usable people, of unusable people by reason, and of what was skipped."""
+    reasons, numbers = np.unique(labels.exclude_reason[~labels.usable], return_counts=True)
+    return {
+        "images": len(labels.listed_images),
+        "people": len(labels.ids),
+        "usable": int(labels.usable.sum()),
+        "unusable": dict(zip(reasons.tolist(), numbers.tolist(), strict=True)),
+        "skipped": dict(shards.description.get("skipped", {})),
+    }
+
+
+def _images_by_people(counts: Int[np.ndarray, " image"]) -> dict[str, int]:
+    """Return the numbers of images by their number of usable people: `{"0": 3, "1": 17, …, "11+": 2}`."""
+    groups = {}
+    for first, after in pairwise((*GROUPS, math.inf)):
+        name = f"{first}+" if after == math.inf else str(first) if after == first + 1 else f"{first}-{after - 1}"
+        groups[name] = int(((counts >= first) & (counts < after)).sum())
+    return groups
+
+
+def _sizes(labels: Labels) -> dict[str, int]:
+    """Return the numbers of usable people by COCO's size class, which the annotated area decides."""
+    areas = labels.areas[labels.usable]
+    small, medium = (int((areas <= limit).sum()) for limit in (SMALL, MEDIUM))
+    return {"small": small, "medium": medium - small, "large": len(areas) - medium}
+
+
+def _quantiles(labels: Labels, people_per_image: Int[np.ndarray, " image"]) -> dict[str, list[float]]:
+    """Return the quantiles at `LEVELS` of each size of usable people, in pixels and square pixels."""
+    usable = labels.usable
+    width, height = labels.boxes[usable, 2:].T
+    area = labels.areas[usable]
+    rows = np.unique(labels.image_rows, return_index=True)[1]  # one person of each image
+    measured = {
+        "people per image": people_per_image,
+        "labelled keypoints per person": labels.labelled[usable].sum(axis=1),
+        "box width": width,
+        "box height": height,
+        "box area": width * height,
+        "person area": area,
+        "person area / box area": area / np.maximum(width * height, 1),
+        "image width": labels.widths[rows],
+        "image height": labels.heights[rows],
+    }
+    return {name: np.quantile(values, LEVELS).tolist() for name, values in measured.items() if len(values)}
+
+
+def _visibility(labels: Labels) -> list[dict[str, Any]]:
+    """Return for each joint how many usable people have it seen, hidden or unlabelled, and its sigma."""
+    states, skeleton = labels.visibility[labels.usable], labels.skeleton
+    return [
+        {
+            "name": name,
+            "seen": int((states[:, k] == 2).sum()),
+            "hidden": int((states[:, k] == 1).sum()),
+            "unlabelled": int((states[:, k] == 0).sum()),
+            "flips_with": skeleton.flip_partner.get(name),
+            "sigma": skeleton.sigmas[k],
+            "sigma_source": sigma_source(skeleton, name),
+        }
+        for k, name in enumerate(skeleton.keypoints)
+    ]
+
+
 def write_json(report: Report, path: Path) -> None:
-    """Write the report as JSON, whole or not at all.
+    """Write the report as JSON, whole or not at all; undefined numbers are null.
 
     Raises:
         DataError: The file cannot be written.
     """
-    write_whole(path, json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
+    names = {"path": "data", "fingerprint": "sha256", "sizes": "people_by_size", "oracle": "ground_truth_as_prediction"}
+    values = {names.get(field, field): value for field, value in vars(report).items()}
+    write_whole(path, to_json(values, indent=2, inf_nan_mode="null") + b"\n")
 
 
 def show_report(report: Report) -> None:
     """Print the report to stdout: numbers first, findings last."""
     counts, skeleton = report.counts, report.skeleton
     stdout.print(f"[bold]{escape(report.path)}[/bold]: skeleton {escape(skeleton.name)}{skeleton.sigma_note}")
-    stdout.print(
+    show(
         f"{counts['images']} images, {counts['people']} annotated people, {counts['usable']} of them usable; not "
-        f"usable: {_listed(counts['unusable'])}; skipped by prepare: {_listed(counts['skipped'])}",
-        soft_wrap=True,
+        f"usable: {_listed(counts['unusable'])}; skipped by prepare: {_listed(counts['skipped'])}"
     )
-    stdout.print(
-        f"images by usable people: {_listed(report.images_by_people)}; people by COCO's size: {_listed(report.sizes)}",
-        soft_wrap=True,
-    )
+    by_people, by_size = _listed(report.images_by_people), _listed(report.sizes)
+    show(f"images by usable people: {by_people}; people by COCO's size: {by_size}")
     stdout.print(_quantile_table(report), _joint_table(report))
     if report.limbs:
         stdout.print(_limb_table(report))
     _show_oracle(report.oracle)
     for finding in report.findings:
-        color = COLORS[finding.severity]
-        stdout.print(
-            f"[{color}]{finding.severity}[/{color}] {finding.check}: {escape(finding.message)}{_ids(finding.people)}",
-            soft_wrap=True,
-        )
+        color, message = COLORS[finding.severity], escape(finding.message)
+        show(f"[{color}]{finding.severity}[/{color}] {finding.check}: {message}{_ids(finding.people)}")
     numbers = ((len(report.of(severity)), name) for severity, name in zip(SEVERITIES, NOUNS, strict=True))
     stdout.print(", ".join(f"{number} {name}{'s' * (number != 1)}" for number, name in numbers))
 
 
 def _show_oracle(oracle: OracleScore) -> None:
-    stdout.print(
-        f"Labels as predictions: AP {oracle.average_precision:.4f}, AR {oracle.average_recall:.4f} on "
-        f"{oracle.evaluated} of {oracle.people} people"
-        + (" (the others cannot be confused)" if oracle.evaluated < oracle.people else ""),
-        soft_wrap=True,
-    )
+    scores = f"AP {oracle.average_precision:.4f}, AR {oracle.average_recall:.4f}"
+    rest = " (the others cannot be confused)" if oracle.evaluated < oracle.people else ""
+    show(f"Labels as predictions: {scores} on {oracle.evaluated} of {oracle.people} people{rest}")
     for lost in oracle.lost[:SHOWN_IDS]:
-        stdout.print(f"  annotation {lost.person} of image {lost.image}: {escape(lost.reason)}", soft_wrap=True)
+        show(f"  annotation {lost.person} of image {lost.image}: {escape(lost.reason)}")
     if len(oracle.lost) > SHOWN_IDS:
         stdout.print(f"  and {len(oracle.lost) - SHOWN_IDS} more")
     stdout.print()
@@ -182,16 +230,10 @@ def _joint_table(report: Report) -> Table:
     table.add_column("flips with", no_wrap=True)
     total = max(report.counts["usable"], 1)
     for joint in report.joints:
-        labelled = (joint["seen"] + joint["hidden"]) / total
         numbers = (str(joint[name]) for name in ("seen", "hidden", "unlabelled"))
-        table.add_row(
-            escape(joint["name"]),
-            *numbers,
-            f"{labelled:.1%}",
-            f"{joint['sigma']:.3f}",
-            joint["sigma_source"],
-            escape(joint["flips_with"] or "-"),
-        )
+        labelled, sigma = f"{(joint['seen'] + joint['hidden']) / total:.1%}", f"{joint['sigma']:.3f}"
+        names = (joint["sigma_source"], escape(joint["flips_with"] or "-"))
+        table.add_row(escape(joint["name"]), *numbers, labelled, sigma, *names)
     return table
 
 
@@ -218,11 +260,3 @@ def _ids(people: tuple[int, ...]) -> str:
         return ""
     more = ", …" if len(people) > SHOWN_IDS else ""
     return f" (annotations {', '.join(map(str, people[:SHOWN_IDS]))}{more})"
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

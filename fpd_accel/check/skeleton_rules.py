@@ -7,6 +7,7 @@ thresholds below (largest values measured: 8 % of limbs shorter with sides excha
 quartiles of a limb's length, 40 % of left joints at the left of the image).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,52 +41,45 @@ def check_skeleton(skeleton: Skeleton) -> list[Finding]:
     return [*_flip_pairs(skeleton), *_upper_body(skeleton), *_sigmas(skeleton), *_missing_fields(skeleton)]
 
 
-def _flip_pairs(skeleton: Skeleton) -> list[Finding]:
-    partner = skeleton.flip_partner
+def _flip_pairs(skeleton: Skeleton) -> Iterator[Finding]:
+    paired = skeleton.flip_partner
     by_side = {split_side(name): name for name in skeleton.keypoints}
-    findings = []
     for a, b in skeleton.flip_pairs:
         (side_a, part_a), (side_b, part_b) = split_side(a), split_side(b)
         if side_a and side_b and (part_a != part_b or side_a == side_b):
             text = f"flip_pairs: {a!r} and {b!r} are a pair, but their names are not two sides of one joint"
-            findings.append(Finding("error", "flip_pair_mismatch", text, 1))
+            yield Finding("error", "flip_pair_mismatch", text, 1)
         elif bool(side_a) != bool(side_b):
             text = f"flip_pairs: {a!r} and {b!r} are a pair, but only one of the names has a side"
-            findings.append(Finding("warning", "flip_pair_mismatch", text, 1))
+            yield Finding("warning", "flip_pair_mismatch", text, 1)
         elif side_a == "right":
-            text = (
-                f"flip_pairs: {a!r} precedes {b!r}; the left joint comes first, otherwise pictures show the sides wrong"
-            )
-            findings.append(Finding("warning", "flip_pair_order", text, 1))
+            rule = "the left joint comes first, otherwise pictures show the sides wrong"
+            yield Finding("warning", "flip_pair_order", f"flip_pairs: {a!r} precedes {b!r}; {rule}", 1)
     for (side, part), name in by_side.items():
-        other = by_side.get(("right" if side == "left" else "left", part)) if side else None
+        other = by_side.get(("right" if side == "left" else "left", part))
         if side and other is None:
             text = f"keypoints: {name!r} has no joint of the other side; in mirrored images it is on the wrong side"
-            findings.append(Finding("warning", "side_without_partner", text, 1))
-        elif side == "left" and other is not None and name not in partner and other not in partner:
+            yield Finding("warning", "side_without_partner", text, 1)
+        elif side == "left" and name not in paired and other not in paired:
             text = f"flip_pairs: {name!r} and {other!r} are in no pair; mirrored images train each as the other"
-            findings.append(Finding("error", "flip_pair_missing", text, 1))
-    return findings
+            yield Finding("error", "flip_pair_missing", text, 1)
 
 
-def _upper_body(skeleton: Skeleton) -> list[Finding]:
-    findings, upper = [], set(skeleton.upper_body)
+def _upper_body(skeleton: Skeleton) -> Iterator[Finding]:
+    upper = set(skeleton.upper_body)
     for pair in skeleton.flip_pairs:
         if len(upper & set(pair)) == 1:
             inside, outside = pair if pair[0] in upper else pair[::-1]
             text = f"upper_body: has {inside!r} but not {outside!r}; half-body crops would separate the two sides"
-            findings.append(Finding("warning", "upper_body_one_sided", text, 1))
-    return findings
+            yield Finding("warning", "upper_body_one_sided", text, 1)
 
 
-def _sigmas(skeleton: Skeleton) -> list[Finding]:
-    findings = []
+def _sigmas(skeleton: Skeleton) -> Iterator[Finding]:
     if skeleton.sigmas_estimated:
-        text = (
-            f"sigmas: estimated for {len(skeleton.sigmas_estimated)} of {skeleton.num_keypoints} keypoints; AP "
-            "compares networks on this data, but not with published numbers; every table says so"
-        )
-        findings.append(Finding("warning", "sigmas_estimated", text, len(skeleton.sigmas_estimated)))
+        count = len(skeleton.sigmas_estimated)
+        hint = "AP compares networks on this data, but not with published numbers; every table says so"
+        text = f"sigmas: estimated for {count} of {skeleton.num_keypoints} keypoints; {hint}"
+        yield Finding("warning", "sigmas_estimated", text, count)
     unlike, one_sided = [], []
     for name, sigma in zip(skeleton.keypoints, skeleton.sigmas, strict=True):
         published, source = estimated_sigma(name)
@@ -97,25 +91,22 @@ def _sigmas(skeleton: Skeleton) -> list[Finding]:
             one_sided.append(f"{left} {a:g}, {right} {b:g}")
     if unlike:
         text = f"sigmas: far from the published ones of these names, so AP cannot be compared: {'; '.join(unlike)}"
-        findings.append(Finding("warning", "sigma_unlike_published", text, len(unlike)))
+        yield Finding("warning", "sigma_unlike_published", text, len(unlike))
     if one_sided:
         text = f"sigmas: the two sides of a joint are expected to have equal sigmas: {'; '.join(one_sided)}"
-        findings.append(Finding("warning", "sigma_one_sided", text, len(one_sided)))
-    return findings
+        yield Finding("warning", "sigma_one_sided", text, len(one_sided))
 
 
-def _missing_fields(skeleton: Skeleton) -> list[Finding]:
+def _missing_fields(skeleton: Skeleton) -> Iterator[Finding]:
     consequences = {
         "flip_pairs": "mirroring exchanges no joints",
         "limbs": "pictures show dots without lines",
         "upper_body": "half-body augmentation counts every joint as lower body",
         "torso": "PCK is normalised by the box",
     }
-    return [
-        Finding("information", f"no_{field}", f"{field}: not given; {consequence}")
-        for field, consequence in consequences.items()
-        if not getattr(skeleton, field)
-    ]
+    for field, consequence in consequences.items():
+        if not getattr(skeleton, field):
+            yield Finding("information", f"no_{field}", f"{field}: not given; {consequence}")
 
 
 def sigma_source(skeleton: Skeleton, name: str) -> str:
@@ -149,20 +140,18 @@ def _distance(labels: Labels, a: int, b: int) -> Float[np.ndarray, " person"]:
     return np.linalg.norm(labels.keypoints[:, a] - labels.keypoints[:, b], axis=-1)
 
 
-def check_limbs(limbs: list[Limb]) -> list[Finding]:
-    """Return findings about limb lengths, and about sides exchanged along a limb in most people."""
-    findings, reported = [], set()
+def check_limbs(limbs: list[Limb]) -> Iterator[Finding]:
+    """Yield findings about limb lengths, and about sides exchanged along a limb in most people."""
+    reported = set()
     for limb in limbs:
         a, b = limb.ends
         if limb.people and limb.median == 0:
             text = f"limb {a} - {b}: both ends are labelled at the same pixel in most of {limb.people} people"
-            findings.append(Finding("error", "limb_without_length", text, limb.people))
+            yield Finding("error", "limb_without_length", text, limb.people)
         elif limb.people >= FEWEST and limb.upper > ABSURD_SPREAD * limb.lower:
-            text = (
-                f"limb {a} - {b}: the quartiles of its length are {limb.lower:.3f} and {limb.upper:.3f} of the box; "
-                "are these the same two joints in every annotation?"
-            )
-            findings.append(Finding("warning", "limb_spread", text, limb.people))
+            text = f"limb {a} - {b}: the quartiles of its length are {limb.lower:.3f} and {limb.upper:.3f} of the box"
+            text += "; are these the same two joints in every annotation?"
+            yield Finding("warning", "limb_spread", text, limb.people)
         mirrored = frozenset(split_side(name)[1] for name in limb.ends)
         if limb.exchanged > MAJORITY and mirrored not in reported:
             reported.add(mirrored)
@@ -170,13 +159,14 @@ def check_limbs(limbs: list[Limb]) -> list[Finding]:
                 f"left and right seem exchanged between {a} and {b}: in {limb.exchanged:.0%} of the people the limbs "
                 "are shorter with one of the two joints taken from the other side; check the order of keypoints"
             )
-            findings.append(Finding("error", "sides_exchanged_along_limb", text, limb.people))
-    return findings
+            yield Finding("error", "sides_exchanged_along_limb", text, limb.people)
 
 
 def check_sides(labels: Labels) -> list[Finding]:
     """Return findings about left and right in single people, and in a dataset that names sides as the viewer sees."""
-    return [*_faces(labels), *_twisted(labels), *_viewer_sides(labels)]
+    text = "{share}: shoulders and hips point in opposite directions; left and right of one pair are probably exchanged"
+    torsos = labels.finding("warning", "torso_twisted", _twisted(labels), text)
+    return [*_faces(labels), *torsos, *_viewer_sides(labels)]
 
 
 def _rows_of(labels: Labels, *joints: tuple[str, str]) -> list[int] | None:
@@ -185,24 +175,19 @@ def _rows_of(labels: Labels, *joints: tuple[str, str]) -> list[int] | None:
     return [rows[joint] for joint in joints] if all(joint in rows for joint in joints) else None
 
 
-def mirrored_faces(labels: Labels) -> tuple[Bool[np.ndarray, " person"], Bool[np.ndarray, " person"]]:
-    """Return the people with nose and both eyes seen, and those of them with the eyes on the wrong sides of the nose.
+def _faces(labels: Labels) -> list[Finding]:
+    """Return a finding about people with both eyes seen, but on the wrong sides of the nose.
 
     Both eyes are visible only from the front, where the triangle left eye, right eye, nose has a fixed orientation.
     """
     joints = _rows_of(labels, ("left", "eye"), ("right", "eye"), ("", "nose"))
     if joints is None:
-        none = np.zeros(len(labels.ids), dtype=bool)
-        return none, none
+        return []
     seen = (labels.visibility[:, joints] == 2).all(axis=1) & labels.usable
     left, right, nose = (labels.keypoints[:, joint] for joint in joints)
     eyes, drop = left - right, nose - (left + right) / 2
     orientation = eyes[:, 0] * drop[:, 1] - eyes[:, 1] * drop[:, 0]
-    return seen, seen & (orientation < -CLEAR * np.square(eyes).sum(axis=1))
-
-
-def _faces(labels: Labels) -> list[Finding]:
-    seen, mirrored = mirrored_faces(labels)
+    mirrored = seen & (orientation < -CLEAR * np.square(eyes).sum(axis=1))
     share = f"{mirrored.sum()} of {seen.sum()} people with both eyes seen"
     if seen.sum() >= FEWEST and mirrored.sum() > MAJORITY * seen.sum():
         text = (
@@ -214,7 +199,7 @@ def _faces(labels: Labels) -> list[Finding]:
     return labels.finding("warning", "face_mirrored", mirrored, text)
 
 
-def twisted(labels: Labels) -> Bool[np.ndarray, " person"]:
+def _twisted(labels: Labels) -> Bool[np.ndarray, " person"]:
     """Return the people whose shoulders clearly point opposite to their hips, which no spine allows."""
     joints = _rows_of(labels, *((side, part) for part in ("shoulder", "hip") for side in ("left", "right")))
     if joints is None:
@@ -227,18 +212,11 @@ def twisted(labels: Labels) -> Bool[np.ndarray, " person"]:
     return shown & opposite & (np.minimum(*lengths) > CLEAR * torso)
 
 
-def _twisted(labels: Labels) -> list[Finding]:
-    text = "{share}: shoulders and hips point in opposite directions; left and right of one pair are probably exchanged"
-    return labels.finding("warning", "torso_twisted", twisted(labels), text)
-
-
 def _viewer_sides(labels: Labels) -> list[Finding]:
-    to_the_left = pairs = 0
-    for left, right in labels.skeleton.flip_pairs:
-        a, b = labels.skeleton.index(left), labels.skeleton.index(right)
-        offset = (labels.keypoints[:, a, 0] - labels.keypoints[:, b, 0]) / labels.longer_side
-        clear = labels.labelled[:, a] & labels.labelled[:, b] & (np.abs(offset) > CLEAR / 4)
-        to_the_left, pairs = to_the_left + int((clear & (offset < 0)).sum()), pairs + int(clear.sum())
+    left, right = ([labels.skeleton.index(pair[side]) for pair in labels.skeleton.flip_pairs] for side in (0, 1))
+    offset = (labels.keypoints[:, left, 0] - labels.keypoints[:, right, 0]) / labels.longer_side[:, None]
+    clear = labels.labelled[:, left] & labels.labelled[:, right] & (np.abs(offset) > CLEAR / 4)
+    to_the_left, pairs = int((clear & (offset < 0)).sum()), int(clear.sum())
     if pairs < FEWEST or to_the_left <= VIEWER_SHARE * pairs:
         return []
     text = (

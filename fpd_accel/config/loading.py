@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from fpd_accel.config.rules import SECTION_RULES, contradictions, missing_files, teacher_contradictions
@@ -19,12 +19,9 @@ SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
-    """Read a recipe, apply overrides such as `"train.steps=10"`, and check all of it.
+    """Read a recipe from YAML, apply overrides such as `"train.steps=10"`, and check all of it.
 
-    Args:
-        path: The YAML file.
-        overrides: Values in place of those of the file, as `key.path=value`.
-        check_files: Whether the files that the recipe names have to exist.
+    Without `check_files` the files that the recipe names need not exist.
 
     Raises:
         ConfigError: Lists every mistake at once, each with its dotted path.
@@ -50,58 +47,51 @@ def check_recipe(
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(detail) for detail in error.errors()]
-    for name, rule in SECTION_RULES.items():
-        section = getattr(recipe, name) if recipe is not None else _valid_section(name, values.get(name, {}))
-        mistakes += rule(section) if section is not None else []
+    for name in SECTION_RULES:
+        mistakes += _broken_rules(name, values.get(name, {}))
     if recipe is not None and not mistakes:
         mistakes += contradictions(recipe)
         if check_files:
             mistakes += [*missing_files(recipe), *_teacher_mistakes(recipe)]
     if recipe is None or mistakes:
-        raise ConfigError(
-            "\n".join([f"{source}: this recipe cannot be used", *(f"  {mistake}" for mistake in mistakes)])
-        )
+        raise ConfigError("\n  ".join([f"{source}: this recipe cannot be used", *mistakes]))
     return recipe
 
 
 def load_section(
-    section: type[SectionType], overrides: Sequence[str], *, source: str, values: Mapping[str, Any] | None = None
+    section: type[SectionType], overrides: Sequence[str], *, source: str, values: Mapping[str, Any]
 ) -> SectionType:
-    """Build one section of a recipe from overrides such as `"nms=soft"`, and check it as `load_recipe` does.
+    """Build one section of a recipe, such as `Evaluate`, and check it as `load_recipe` does.
 
-    Args:
-        section: The class of the section, such as `Evaluate`.
-        overrides: Values as `key=value`, or as in a recipe's overrides with the section's name before the key.
-        source: Stands in messages.
-        values: Values that the overrides are applied to.
+    Overrides such as `"nms=soft"`, with or without the section's name before the key, are applied to `values`;
+    `source` stands in messages.
 
     Raises:
         ConfigError: Lists every mistake at once, each with its dotted path.
     """
     name = next(name for name, field in Recipe.model_fields.items() if field.annotation is section)
-    tree: dict[str, Any] = {name: dict(values or {})}
+    tree: dict[str, Any] = {name: dict(values)}
     mistakes: list[str] = []
     for override in overrides:
         mistakes += _apply_override(tree, override if override.startswith(f"{name}.") else f"{name}.{override}")
     try:
         checked = section.model_validate(tree[name])
-        mistakes += SECTION_RULES[name](checked) if name in SECTION_RULES else []
+        mistakes += _broken_rules(name, checked)
         if not mistakes:
             return checked
     except ValidationError as error:
         mistakes += [_explain(detail, name) for detail in error.errors()]
-    raise ConfigError("\n".join([f"{source}: these options cannot be used", *(f"  {mistake}" for mistake in mistakes)]))
+    raise ConfigError("\n  ".join([f"{source}: these options cannot be used", *mistakes]))
 
 
-def _valid_section(name: str, values: Any) -> BaseModel | None:
-    """Return one section of a recipe of which another one is wrong; None if this one is wrong too."""
-    section = Recipe.model_fields[name].annotation
-    assert isinstance(section, type)
-    assert issubclass(section, BaseModel)
+def _broken_rules(name: str, values: Any) -> list[str]:
+    """Return the mistakes that the rules of a section find in it; none if its fields are wrong by themselves."""
+    kind: Any = Recipe.model_fields[name].annotation
     try:
-        return section.model_validate(values)
+        section = TypeAdapter(kind).validate_python(values)
     except ValidationError:
-        return None
+        return []
+    return list(SECTION_RULES[name](section))
 
 
 def _teacher_mistakes(recipe: Recipe) -> list[str]:
@@ -174,8 +164,7 @@ def _explain(detail: ErrorDetails, *section: str) -> str:
     path = ".".join(map(str, location))
     match detail["type"]:
         case "extra_forbidden":
-            names = _names_at(location[:-1])
-            return f"{path}: unknown key; {_did_you_mean(str(location[-1]), names)}"
+            return f"{path}: unknown key; {_did_you_mean(str(location[-1]), _names_at(location[:-1]))}"
         case "missing":
             return f"{path}: missing; it has no default"
         case "literal_error":

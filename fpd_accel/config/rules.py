@@ -147,10 +147,8 @@ def _objective(recipe: Recipe) -> Iterator[str]:
     if recipe.data.unlabelled is not None and distill.mode != "fpd":
         yield "data.unlabelled: people without labels need a teacher: distill.mode=fpd"
     elif recipe.data.unlabelled is not None and distill.mask == "visible":
-        yield (
-            "distill.mask: 'visible' counts labelled keypoints alone, of which data.unlabelled has none; "
-            "use confident or all"
-        )
+        alone = "counts labelled keypoints alone, of which data.unlabelled has none"
+        yield f"distill.mask: 'visible' {alone}; use confident or all"
 
 
 def teacher_contradictions(recipe: Recipe, teacher: Recipe) -> Iterator[str]:
@@ -188,23 +186,16 @@ def missing_files(recipe: Recipe) -> Iterator[str]:
             yield f"{path}: {shards}: no prepared dataset there (dataset.json); write one with `fpd-accel prepare`"
     if unlabelled is not None and unlabelled.boxes is not None and not Path(unlabelled.boxes).is_file():
         yield f"data.unlabelled.boxes: {unlabelled.boxes}: no such file; `fpd-accel detect` writes one"
-    if recipe.student.weights is not None and not Path(recipe.student.weights).exists():
-        yield f"student.weights: {recipe.student.weights}: no such file or model folder"
-    if recipe.evaluate.boxes is not None and not Path(recipe.evaluate.boxes).is_file():
-        yield (
-            f"evaluate.boxes: {recipe.evaluate.boxes}: no such file; `fpd-accel detect` writes one, and null means the "
-            "annotated boxes"
-        )
-    if recipe.student.init is not None and not Path(recipe.student.init).exists():
-        yield f"student.init: {recipe.student.init}: no such file"
-    if recipe.distill.mode == "fpd":
-        yield from _missing_teacher(recipe.teacher)
-
-
-def _missing_teacher(teacher: TeacherModel) -> Iterator[str]:
-    if teacher.weights is None:
-        return
-    if not Path(teacher.weights).exists():
-        yield f"teacher.weights: {teacher.weights}: no such file or model folder; 'fpd' needs the teacher to exist"
-    if Path(teacher.weights).is_file() and teacher.arch is None:
-        yield f"teacher.arch: missing; {teacher.weights} is a bare weights file and does not say what it is"
+    student, boxes, teacher = recipe.student, recipe.evaluate.boxes, recipe.teacher
+    if student.weights is not None and not Path(student.weights).exists():
+        yield f"student.weights: {student.weights}: no such file or model folder"
+    if boxes is not None and not Path(boxes).is_file():
+        annotated = "null means the annotated boxes"
+        yield f"evaluate.boxes: {boxes}: no such file; `fpd-accel detect` writes one, and {annotated}"
+    if student.init is not None and not Path(student.init).exists():
+        yield f"student.init: {student.init}: no such file"
+    if recipe.distill.mode == "fpd" and teacher.weights is not None:
+        if not Path(teacher.weights).exists():
+            yield f"teacher.weights: {teacher.weights}: no such file or model folder; 'fpd' needs the teacher to exist"
+        elif Path(teacher.weights).is_file() and teacher.arch is None:
+            yield f"teacher.arch: missing; {teacher.weights} is a bare weights file and does not say what it is"

@@ -15,30 +15,26 @@ class Column:
     """A column of numbers or strings, or of lists of one length, which become a second axis."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        self._chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._chunks = [chunk for chunk in column.chunks if len(chunk)] or [column.slice(0, 0).combine_chunks()]
         self._starts = _starts(self._chunks)
-        self._empty = _array(column.slice(0, 0).combine_chunks())
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the given rows, stacked in that order; only the chunks that hold them are read."""
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
-            return self._empty
+            return _array(self._chunks[0])[:0]
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owners, kind="stable")
         present, first = np.unique(owners[order], return_index=True)
-        gathered: np.ndarray | None = None
-        for chunk, positions in zip(present.tolist(), np.split(order, first[1:]), strict=True):
-            values = _array(self._chunks[chunk])[rows[positions] - self._starts[chunk]]
-            if gathered is None:
-                gathered = np.empty((len(rows), *values.shape[1:]), dtype=values.dtype)
-            gathered[positions] = values
-        assert gathered is not None
-        return gathered
+        gathered = [
+            _array(self._chunks[chunk])[rows[positions] - self._starts[chunk]]
+            for chunk, positions in zip(present.tolist(), np.split(order, first[1:]), strict=True)
+        ]
+        return np.concatenate(gathered)[np.argsort(order)]
 
     def all(self) -> np.ndarray:
         """Return every row."""
-        return np.concatenate([_array(chunk) for chunk in self._chunks]) if self._chunks else self._empty
+        return np.concatenate([_array(chunk) for chunk in self._chunks])
 
 
 def read_columns(
@@ -53,16 +49,12 @@ class BytesColumn:
     """A column of bytes; each row is returned as a uint8 view of the mapped file."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._starts = _starts(chunks)
-        offset = np.int64 if column.type == pa.large_binary() else np.int32
-        self._ends = [np.frombuffer(chunk.buffers()[1], offset)[chunk.offset :] for chunk in chunks]
-        self._bytes = [np.frombuffer(chunk.buffers()[2] or b"", np.uint8) for chunk in chunks]
+        self._chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._starts = _starts(self._chunks)
 
     def __getitem__(self, row: int) -> np.ndarray:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        first, end = self._ends[chunk][row - self._starts[chunk] :][:2]
-        return self._bytes[chunk][first:end]
+        return np.frombuffer(self._chunks[chunk][row - int(self._starts[chunk])].as_buffer(), np.uint8)
 
 
 def _starts(chunks: Sequence[pa.Array]) -> np.ndarray:
@@ -72,8 +64,9 @@ def _starts(chunks: Sequence[pa.Array]) -> np.ndarray:
 
 def _array(chunk: pa.Array) -> np.ndarray:
     """Return a chunk as an array: a view for numbers, a copy for booleans, which Arrow packs eight to a byte."""
-    if pa.types.is_list(chunk.type) or pa.types.is_fixed_size_list(chunk.type):
-        width = chunk.type.list_size if pa.types.is_fixed_size_list(chunk.type) else -1
+    if pa.types.is_fixed_size_list(chunk.type):
+        return chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), chunk.type.list_size)
+    if pa.types.is_list(chunk.type):
         flat = chunk.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(chunk), width) if len(chunk) else flat.reshape(0, max(width, 0))
+        return flat.reshape(len(chunk), len(flat) // max(1, len(chunk)))
     return chunk.to_numpy(zero_copy_only=False)

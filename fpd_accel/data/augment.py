@@ -28,11 +28,8 @@ class Geometry:
 def sample_generator(seed: int, view: int, person: int, *, source: int = 0) -> np.random.Generator:
     """Return the random generator of one view of a person; it is the same on every rank, worker and restart.
 
-    Args:
-        seed: Seed of the run.
-        view: Number of the view: that of the epoch, or one of a few fixed views (see `view_in_epoch`).
-        person: Row of the person in the dataset.
-        source: Number of the dataset in its mixture.
+    The view has the number of the epoch, or is one of a few fixed ones (see `view_in_epoch`). `person` is a row of the
+    dataset, which is number `source` of its mixture.
     """
     return np.random.Generator(np.random.Philox(key=[seed, view], counter=[0, 0, source, person]))
 
@@ -59,13 +56,9 @@ def draw_geometry(
     half_gate, upper_gate, rotation_gate, flip_gate = generator.random(4)
     scale_normal, rotation_normal = generator.standard_normal(2)
     if visible.sum() > augment.half_body_minimum and half_gate < augment.half_body:
+        upper = bool(upper_gate < augment.upper_body)
         center, size = half_body(
-            center,
-            size,
-            keypoints=keypoints,
-            visible=visible,
-            skeleton=skeleton,
-            prefer_upper=bool(upper_gate < augment.upper_body),
+            center, size, keypoints=keypoints, visible=visible, skeleton=skeleton, prefer_upper=upper
         )
     factor = np.clip(1 + augment.scale * scale_normal, 1 - augment.scale, 1 + augment.scale)
     angle = np.clip(augment.rotation * rotation_normal, -2 * augment.rotation, 2 * augment.rotation)

@@ -1,10 +1,9 @@
 """Batches as the loader hands them to the device: uint8 crops with their keypoints, and their normalization."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
@@ -37,18 +36,12 @@ class Batch:
         """Return the batch in pinned memory."""
         return self._map(Tensor.pin_memory)
 
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory from being reused before the work queued on `stream` so far is done."""
-        for tensor in self._tensors().values():
-            tensor.record_stream(stream)
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are not None by their names."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        changed: dict[str, Any] = {name: function(tensor) for name, tensor in self._tensors().items()}
-        return dataclasses.replace(self, **changed)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return Batch(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
 
 class DeviceCopy:
@@ -66,7 +59,8 @@ class DeviceCopy:
             copied = batch.to(self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._stream)
-        copied.record_stream(current)
+        for tensor in copied.tensors().values():
+            tensor.record_stream(current)  # so that its memory is not reused before the work queued so far is done
         return copied
 
 

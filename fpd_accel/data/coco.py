@@ -89,11 +89,7 @@ def prepare_coco(
 
 
 def read_json(path: Path, *, missing: str = "no such annotation file") -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        DataError: The file does not exist, for which the message is `missing`, or is not JSON.
-    """
+    """Return the content of a JSON file; raise a DataError, with the text `missing` if there is no such file."""
     if not path.is_file():
         raise DataError(f"{path}: {missing}")
     try:
@@ -112,21 +108,15 @@ def _read(path: Path, *, allow_unannotated: bool) -> Record:
         for entry in dataset[key]:
             if not isinstance(entry, dict):
                 raise DataError(f"{path}: not a COCO annotation file: {key} holds {entry!r}, which is not an object")
-    for key, field, kind in (
-        ("images", "id", int),
-        ("images", "file_name", str),
-        ("images", "width", int),
-        ("images", "height", int),
-        ("categories", "id", int),
-    ):
-        for entry in dataset[key]:
-            if not isinstance(entry.get(field), kind):
-                raise DataError(f"{path}: {key} holds {entry}: {field!r} is missing or not {kind.__name__}")
-    repeated = [key for key, count in Counter(image["id"] for image in dataset["images"]).items() if count > 1]
-    if repeated:
-        raise DataError(
-            f"{path}: {len(repeated)} image ids appear twice, {repeated[0]} among them; ids have to be unique"
-        )
+    image_fields = {"id": int, "file_name": str, "width": int, "height": int}
+    for key, fields in (("images", image_fields), ("categories", {"id": int})):
+        for field, kind in fields.items():
+            for entry in dataset[key]:
+                if not isinstance(entry.get(field), kind):
+                    raise DataError(f"{path}: {key} holds {entry}: {field!r} is missing or not {kind.__name__}")
+    counts = Counter(image["id"] for image in dataset["images"])
+    if twice := [key for key, count in counts.items() if count > 1]:
+        raise DataError(f"{path}: {len(twice)} image ids appear twice, {twice[0]} among them; ids have to be unique")
     return dataset
 
 
@@ -148,10 +138,8 @@ def _category(path: Path, dataset: Record, skeleton: Skeleton, wanted: str | Non
         )
     for expected, found in zip(skeleton.keypoints, names, strict=True):
         if expected != found:
-            raise DataError(
-                f"{path}: keypoint {found!r} stands where skeleton {skeleton.name!r} has {expected!r}; "
-                f"the names and their order have to be the same"
-            )
+            place = f"{path}: keypoint {found!r} stands where skeleton {skeleton.name!r} has {expected!r}"
+            raise DataError(f"{place}; the names and their order have to be the same")
     return int(candidates[0]["id"])
 
 
@@ -193,8 +181,7 @@ def _check_annotation(path: Path, annotation: Record, skeleton: Skeleton) -> Non
         if not all(map(is_usable, values)):
             raise DataError(f"{name}: {field!r} has a value that is not a finite number of at most 1e30")
     for field in ("area", "score"):
-        value = annotation.get(field, 0)
-        if not is_usable(value):
+        if not is_usable(value := annotation.get(field, 0)):
             raise DataError(f"{name}: {field!r} is {value!r}, not a finite number of at most 1e30")
     if not isinstance(annotation.get("id"), int):
         raise DataError(f"{name}: has no integer 'id'")
@@ -209,14 +196,11 @@ def _rows(
             keypoints = np.asarray(annotation["keypoints"], dtype=np.float32).reshape(skeleton.num_keypoints, 3)
             box = np.asarray(annotation["bbox"], dtype=np.float32)
             crowd = bool(annotation.get("iscrowd", 0))
-            clipped = clip_box(box, width, height)
-            reason = ""
-            if crowd:
-                reason = "crowd"
-            elif not keypoints[:, 2].any():
-                reason = "no_keypoints"
-            elif clipped[2] <= 0 or clipped[3] <= 0:
-                reason = "no_area"
+            reasons = {
+                "crowd": crowd,
+                "no_keypoints": not keypoints[:, 2].any(),
+                "no_area": clip_box(box, width, height)[2:].min() <= 0,
+            }
             yield {
                 "id": annotation["id"],
                 "image_id": image_id,
@@ -226,7 +210,7 @@ def _rows(
                 "area": float(annotation.get("area", box[2] * box[3])),
                 "crowd": crowd,
                 "score": float(annotation.get("score", 1.0)),
-                "exclude_reason": reason,
+                "exclude_reason": next((reason for reason, applies in reasons.items() if applies), ""),
             }
 
 

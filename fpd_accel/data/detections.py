@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from datasets import Dataset
 
 from fpd_accel.config.schema import Evaluate
 from fpd_accel.console import say, warn
+from fpd_accel.data.arrow_columns import read_columns
 from fpd_accel.data.coco import is_usable, read_json
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
@@ -48,8 +49,7 @@ def read_detections(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not entries:
         raise DataError(f"{path}: an empty list; it has no boxes")
     for number, entry in enumerate(entries):
-        problem = _problem(entry)
-        if problem:
+        if problem := _problem(entry):
             raise DataError(f"{path}: box {number} of {len(entries)}: {problem}")
     return entries
 
@@ -58,8 +58,7 @@ def _problem(entry: Any) -> str | None:
     """Return the problem with an entry of a detection file, or None."""
     if not isinstance(entry, dict):
         return f"{entry!r} is not an object with image_id, category_id, bbox and score"
-    missing = [name for name in ("image_id", "category_id", "bbox", "score") if name not in entry]
-    if missing:
+    if missing := [name for name in ("image_id", "category_id", "bbox", "score") if name not in entry]:
         return f"{', '.join(missing)} missing"
     for name in ("image_id", "category_id"):
         if not isinstance(entry[name], int) or isinstance(entry[name], bool):
@@ -73,51 +72,11 @@ def _problem(entry: Any) -> str | None:
     return None
 
 
-class DetectedPeople:
-    """The columns of `people/` that a detector provides, in memory, indexed by rows like an Arrow dataset.
-
-    All keypoints are unlabelled, and the area is that of the box.
-    """
-
-    def __init__(
-        self,
-        *,
-        image_id: Int64[np.ndarray, " person"],
-        image_row: Int64[np.ndarray, " person"],
-        box: Float[np.ndarray, "person 4"],
-        score: Float64[np.ndarray, " person"],
-        num_keypoints: int,
-    ) -> None:
-        self.columns = {
-            "id": np.arange(len(box)),
-            "image_id": image_id,
-            "image_row": image_row,
-            "box": box.astype(np.float32),
-            "area": box[:, 2:].prod(axis=1),
-            "score": score,
-        }
-        self.num_keypoints = num_keypoints
-
-    def __len__(self) -> int:
-        return len(self.columns["id"])
-
-    def __getitem__(self, rows: Any) -> dict[str, np.ndarray]:
-        people = {name: column[rows] for name, column in self.columns.items()}
-        # Created on access: stored for 100,000 boxes they would only take memory.
-        people["keypoints"] = np.zeros((*people["id"].shape, 3 * self.num_keypoints), dtype=np.float32)
-        return people
-
-
 class Detections(Shards):
     """Shards whose images are cropped around a detector's boxes; the annotated people stay the ground truth.
 
     `people` are the usable boxes of `file` in its order: those of category 1, with an area, with a score of at least
     `threshold`, and of an image in the shards. As in the published loader, they are not clipped to the image.
-
-    Args:
-        shards: The prepared images and their ground truth.
-        file: Detections in COCO's result format.
-        threshold: Lowest score of a box that is used.
 
     Raises:
         DataError: The file cannot be read, has no usable box, or uses the same ids for other images.
@@ -136,18 +95,20 @@ class Detections(Shards):
                 f"{self.file}: none of its {len(entries)} boxes can be used with {self.path}: {reasons}; "
                 "are they boxes of other images?"
             )
-        self._people = DetectedPeople(
-            image_id=np.array([entry["image_id"] for _, entry in chosen]),
-            image_row=np.array([row for row, _ in chosen]),
-            box=np.array([entry["bbox"] for _, entry in chosen], dtype=np.float64),
-            score=np.array([entry["score"] for _, entry in chosen], dtype=np.float64),
-            num_keypoints=self.skeleton.num_keypoints,
-        )
+        box = np.array([entry["bbox"] for _, entry in chosen], dtype=np.float64)
+        self._boxes = {
+            "id": np.arange(len(box)),
+            "image_id": np.array([entry["image_id"] for _, entry in chosen]),
+            "image_row": np.array([row for row, _ in chosen]),
+            "box": box.astype(np.float32),
+            "area": box[:, 2:].prod(axis=1),
+            "score": np.array([entry["score"] for _, entry in chosen], dtype=np.float64),
+        }
 
     def _choose(self, entries: list[dict[str, Any]], skipped: Counter[str]) -> list[tuple[int, dict[str, Any]]]:
         """Return (image row, entry) of each usable box; count the others in `skipped`."""
-        listed = self.images.with_format("numpy").select_columns(["id", "file_name"])[:]
-        rows = {int(image): row for row, image in enumerate(listed["id"])}
+        listed = read_columns(self.images, ("id", "file_name"))
+        rows = {image: row for row, image in enumerate(listed["id"].tolist())}
         chosen = []
         for number, entry in enumerate(entries):
             row = rows.get(entry["image_id"])
@@ -160,17 +121,15 @@ class Detections(Shards):
             elif row is None:
                 skipped["unknown_image"] += 1
             else:
-                self._check_name(number, entry, str(listed["file_name"][row]))
+                name = listed["file_name"][row]
+                if Path(entry.get("file_name", name)).name != Path(name).name:  # ids numbered by the order of files
+                    raise DataError(
+                        f"{self.file}: box {number} is of {entry['file_name']}, but image {entry['image_id']} of "
+                        f"{self.path} is {name}; pass the annotation file to `fpd-accel detect --annotations` for its "
+                        "image ids"
+                    )
                 chosen.append((row, entry))
         return chosen
-
-    def _check_name(self, number: int, entry: dict[str, Any], file_name: str) -> None:
-        """Refuse ids that were numbered by the order of files: they would silently assign boxes to other images."""
-        if Path(entry.get("file_name", file_name)).name != Path(file_name).name:
-            raise DataError(
-                f"{self.file}: box {number} is of {entry['file_name']}, but image {entry['image_id']} of {self.path} "
-                f"is {file_name}; pass the annotation file to `fpd-accel detect --annotations` for its image ids"
-            )
 
     def open(self) -> None:
         """Map the files of the images; the boxes are in memory."""
@@ -182,24 +141,26 @@ class Detections(Shards):
         return self._annotated
 
     @cached_property
-    def people(self) -> Any:
-        """The boxes, indexed by rows."""
-        return self._people
+    def people(self) -> Dataset:
+        """The boxes as a table, in NumPy format."""
+        return Dataset.from_dict(self.columns((*self._boxes, "keypoints"))).with_format("numpy")
 
     def columns(self, names: Iterable[str], rows: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Return columns of all boxes or of the given rows."""
-        found = self._people[slice(None) if rows is None else list(rows)]
-        return {name: found[name] for name in names}
+        """Return columns of all boxes or of the given rows; all keypoints are unlabelled."""
+        rows = self.usable if rows is None else np.asarray(rows, dtype=np.int64)
+        # Created on access: stored for 100,000 boxes they would only take memory.
+        keypoints = np.zeros((len(rows), 3 * self.skeleton.num_keypoints), dtype=np.float32)
+        return {name: keypoints if name == "keypoints" else self._boxes[name][rows] for name in names}
 
     @cached_property
     def usable(self) -> np.ndarray:
         """The rows of `people`: all boxes are usable."""
-        return np.arange(len(self._people))
+        return self._boxes["id"]
 
     @cached_property
     def image_rows(self) -> np.ndarray:
         """The row of each box's image."""
-        return self._people.columns["image_row"]
+        return self._boxes["image_row"]
 
     @cached_property
     def num_images(self) -> int:
@@ -217,11 +178,7 @@ class Detections(Shards):
 
 
 def open_detections(shards: Shards, file: str, *, threshold: float) -> Detections:
-    """Return the shards with a detector's boxes; print how many were used and skipped.
-
-    Raises:
-        DataError: The boxes cannot be used.
-    """
+    """Return the shards with a detector's boxes; print how many were used and skipped."""
     detections = Detections(shards, file, threshold=threshold)
     say(
         f"{file}: {len(detections)} boxes with a score of at least {threshold:g}, in "
@@ -236,9 +193,6 @@ def with_boxes(shards: Shards, options: Evaluate) -> Shards:
     """Return the shards with the detector's boxes of `options.boxes`, and print how many were used and skipped.
 
     Shards are returned unchanged if `options.boxes` is None or they already have a detector's boxes.
-
-    Raises:
-        DataError: The boxes cannot be used.
     """
     if options.boxes is None or isinstance(shards, Detections):
         return shards

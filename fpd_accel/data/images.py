@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,22 +33,11 @@ class StoredImage:
     width: int
 
 
-class PixelSource(Protocol):
-    """Images that were decoded before, by their rows in the shards."""
-
-    def get(self, row: int) -> np.ndarray | None:
-        """Return RGB pixels (height, width, 3), or None if the image is not kept."""
-        ...
-
-
 def decode_image(data: np.ndarray | bytes, *, rows: int | None = None) -> np.ndarray | None:
     """Return RGB pixels (height, width, 3), or None if the data do not decode.
 
     The EXIF orientation is ignored, as COCO's annotations require. Pixels (height, width, 3) are returned as they are.
-
-    Args:
-        data: An encoded image, or pixels.
-        rows: Number of rows needed from the top; rows below them may be missing. None: all rows are needed.
+    If only the topmost `rows` are needed, those below them may be missing.
     """
     if not len(data):
         return None
@@ -100,28 +89,28 @@ def read_listed_images(
 ) -> Iterator[dict[str, Any]]:
     """Yield the shard record of each image that can be used; decode each once to verify it.
 
-    Args:
-        folder: Folder of the image files.
-        listed: Images with `id`, `file_name` and, if the annotations state them, `height` and `width`.
-        people: Annotated people by image id.
-        skipped: Counter of the images and people left out, by their keys in `COCO_SKIPPED`.
+    Images are listed with `id`, `file_name` and, if the annotations state them, `height` and `width`. Those left out
+    and their people, given by image id, are counted in `skipped` by their keys in `COCO_SKIPPED`.
     """
     for image in listed:
-        problem, data, (height, width) = _read_image(folder / image["file_name"])
-        if problem is None and (image.get("height", height), image.get("width", width)) != (height, width):
-            problem = "image_size"
-        if problem is None:
-            yield {"id": image["id"], "file_name": image["file_name"], "width": width, "height": height, "bytes": data}
+        found = _read_image(folder, image)
+        if isinstance(found, dict):
+            yield found
         else:
-            skipped[problem] += 1
+            skipped[found] += 1
             skipped["person_of_skipped_image"] += len(people[image["id"]])
 
 
-def _read_image(path: Path) -> tuple[str | None, bytes, tuple[int, int]]:
-    """Return the problem with an image file (a key of `COCO_SKIPPED`, or None), its bytes and its (height, width)."""
+def _read_image(folder: Path, image: dict[str, Any]) -> dict[str, Any] | str:
+    """Return the shard record of a listed image, or the problem with it, a key of `COCO_SKIPPED`."""
     try:
-        data = path.read_bytes()
+        data = (folder / image["file_name"]).read_bytes()
     except OSError:
-        return "image_missing", b"", (0, 0)
+        return "image_missing"
     pixels = decode_image(data)
-    return ("image_corrupt", b"", (0, 0)) if pixels is None else (None, data, pixels.shape[:2])
+    if pixels is None:
+        return "image_corrupt"
+    height, width = pixels.shape[:2]
+    if (image.get("height", height), image.get("width", width)) != (height, width):
+        return "image_size"
+    return {"id": image["id"], "file_name": image["file_name"], "width": width, "height": height, "bytes": data}

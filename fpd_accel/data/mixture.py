@@ -18,22 +18,17 @@ class Mixture:
 
     All else of the skeleton, such as limbs and sigmas, is that of the first dataset.
 
-    Args:
-        datasets: The datasets; their order matters.
-        weights: Relative shares of the samples. None: the number of people of each dataset, so that every person comes
-            once in `len(self)` samples.
-
     Raises:
         DataError: The keypoints, their order or their flip pairs differ.
     """
 
     datasets: tuple[Shards, ...]
+    # Relative shares of the samples. None: the numbers of people, so that each comes once in `len(self)` samples.
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for shards in self.datasets[1:]:
-            difference = _skeleton_difference(self.skeleton, shards.skeleton)
-            if difference is not None:
+            if difference := _skeleton_difference(self.skeleton, shards.skeleton):
                 raise DataError(
                     f"{shards.path}: cannot be mixed with {self.datasets[0].path}: {difference}; prepare both with the "
                     "same skeleton"
@@ -104,8 +99,7 @@ class Mixture:
         """A SHA-256 that is equal for mixtures with the same samples; a single dataset's own fingerprint."""
         if len(self.datasets) == 1:
             return self.datasets[0].fingerprint
-        content = " ".join(f"{identity['sha256']} x {identity['part']}" for identity in self.identities)
-        return sha256(content)
+        return sha256(" ".join(f"{identity['sha256']} x {identity['part']}" for identity in self.identities))
 
     def __str__(self) -> str:
         """Return the number of people and, for several datasets, the number and share of each."""

@@ -13,23 +13,15 @@ defects of the dataset are *skipped and counted* (see `MPII_SKIPPED`).
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from fpd_accel.console import track
 from fpd_accel.data.coco import COCO_SKIPPED
 from fpd_accel.data.images import read_listed_images
-from fpd_accel.data.mpii_annotations import (
-    MpiiPerson,
-    check_same_people,
-    read_ground_truth,
-    read_hrnet_json,
-    read_release,
-)
+from fpd_accel.data.mpii_annotations import MpiiPerson, read_hrnet_json, read_release, with_ground_truth
 from fpd_accel.data.shard_writer import ShardWriter
 from fpd_accel.data.shards import Shards
 from fpd_accel.errors import DataError
@@ -86,7 +78,7 @@ def prepare_mpii(
         people = read_hrnet_json(annotations)
     source = {"annotations": annotations.name, "sha256": sha256(annotations)}
     if ground_truth is not None:
-        people = _with_ground_truth(people, annotations, Path(ground_truth))
+        people = with_ground_truth(people, annotations, Path(ground_truth))
         source |= {"ground_truth": Path(ground_truth).name, "ground_truth_sha256": sha256(Path(ground_truth))}
     by_image = _by_image(people, skipped, keep_duplicates=ground_truth is not None)
     people_of = dict(enumerate(by_image.values(), start=1))  # by image id: the image's position among these, from 1
@@ -102,15 +94,6 @@ def prepare_mpii(
             )
         writer.finish(source=source, skipped={key: skipped[key] for key in MPII_SKIPPED if skipped[key]})
     return Shards(output)
-
-
-def _with_ground_truth(people: list[MpiiPerson], annotations: Path, path: Path) -> list[MpiiPerson]:
-    truth = read_ground_truth(path)
-    check_same_people(path, truth, annotations, people)
-    return [
-        replace(person, keypoints=keypoints, head_size=float(size))
-        for person, keypoints, size in zip(people, truth.keypoints, truth.head_sizes, strict=True)
-    ]
 
 
 def _by_image(people: list[MpiiPerson], skipped: Counter[str], *, keep_duplicates: bool) -> dict[str, list[MpiiPerson]]:
@@ -133,9 +116,10 @@ def _rows(image_rows: dict[int, tuple[int, int, int]], people: dict[int, list[Mp
     """Yield one flat row for each person in the written images."""
     for image_id, (row, _, _) in image_rows.items():
         for person in people[image_id]:
-            box = person_box(person)
-            labelled = person.keypoints[:, 2] > 0
-            keypoints = person.keypoints.copy()
+            assert person.position is not None  # the others were left out
+            (x, y), side = person.position, 200 * person.scale
+            box = np.array([x - 1 - side / 2, y + 15 * person.scale - 1 - side / 2, side, side], dtype=np.float32)
+            keypoints, labelled = person.keypoints.copy(), person.keypoints[:, 2] > 0
             keypoints[labelled, :2] -= 1  # MATLAB counts pixels from 1
             yield {
                 "id": person.number,
@@ -149,11 +133,3 @@ def _rows(image_rows: dict[int, tuple[int, int, int]], people: dict[int, list[Mp
                 "exclude_reason": "" if labelled.any() else "no_keypoints",
                 "head_size": person.head_size,
             }
-
-
-def person_box(person: MpiiPerson) -> Float32[np.ndarray, "4"]:
-    """Return the box (x, y, width, height) that the published implementation crops a person by, pixels from 0."""
-    assert person.position is not None
-    x, y = person.position
-    side = 200 * person.scale
-    return np.array([x - 1 - side / 2, y + 15 * person.scale - 1 - side / 2, side, side], dtype=np.float32)

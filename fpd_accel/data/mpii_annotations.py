@@ -4,11 +4,12 @@ Coordinates stay as they are in the files, where pixels count from 1. MATLAB fil
 arrays and executes nothing.
 """
 
+import itertools
 import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,8 @@ class MpiiPerson:
     head_size: float = math.nan  # pixels; NaN: unknown
 
 
-# --- HRNet's JSON -----------------------------------------------------------------------------------------------
-
-
 def read_hrnet_json(path: Path) -> list[MpiiPerson]:
-    """Return the people of a JSON list of `image, center, scale, joints, joints_vis`.
-
-    Raises:
-        DataError: The file is not such a list, or a person lacks a field or has another number of joints.
-    """
+    """Return the people of a JSON list of `image, center, scale, joints, joints_vis`; raise a DataError for another."""
     people = read_json(path)
     if not isinstance(people, list):
         raise DataError(
@@ -95,23 +89,31 @@ def _triples(joints: Float[np.ndarray, "joint 2"], visibility: np.ndarray) -> np
     return np.concatenate([joints, visibility[:, None]], axis=1).astype(np.float32)
 
 
-# --- HRNet's ground truth for PCKh -----------------------------------------------------------------------------
+def with_ground_truth(people: list[MpiiPerson], annotations: Path, path: Path) -> list[MpiiPerson]:
+    """Return the people of HRNet's JSON with the keypoints and head sizes of its `gt_valid.mat`.
 
-
-@dataclass(frozen=True, eq=False)
-class GroundTruth:
-    """The labels that HRNet's evaluation compares predictions with, in the order of its JSON."""
-
-    keypoints: Float32[np.ndarray, "person joint 3"]
-    head_sizes: Float[np.ndarray, " person"]
-
-
-def read_ground_truth(path: Path) -> GroundTruth:
-    """Return the content of HRNet's `gt_valid.mat`: joints, which of them are labelled, and head sizes.
-
-    Raises:
-        DataError: The file is not that ground truth.
+    The two files are matched by order alone, so ground truth of other people is refused with a DataError.
     """
+    keypoints, head_sizes = _read_ground_truth(path)
+    advice = "use the ground truth of the same split as the JSON (gt_valid.mat with valid.json)"
+    if len(keypoints) != len(people):
+        raise DataError(f"{path}: {len(keypoints)} people, but {annotations} has {len(people)}; {advice}")
+    for person, truth in zip(people, keypoints, strict=True):
+        both = (person.keypoints[:, 2] > 0) & (truth[:, 2] > 0)
+        distances = np.linalg.norm(person.keypoints[both, :2] - truth[both, :2], axis=1)
+        if both.any() and np.median(distances) > MAX_DISTANCE:
+            raise DataError(
+                f"{path}: person {person.number} is not the one in {annotations}: their joints are "
+                f"{np.median(distances):.0f} pixels apart; {advice}"
+            )
+    return [
+        replace(person, keypoints=truth, head_size=size)
+        for person, truth, size in zip(people, keypoints, head_sizes.tolist(), strict=True)
+    ]
+
+
+def _read_ground_truth(path: Path) -> tuple[list[np.ndarray], Float[np.ndarray, " person"]]:
+    """Return what HRNet's evaluation compares predictions with: (x, y, v) of each person's joints, and head sizes."""
     content = _load_matlab(path, *GROUND_TRUTH)
     arrays = {}
     for name, shape in GROUND_TRUTH.items():
@@ -133,29 +135,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
         raise DataError(f"{path}: 'pos_gt_src' holds labelled joints whose coordinates are not finite numbers")
     sizes = HEAD_FACTOR * np.linalg.norm(heads[:, 1] - heads[:, 0], axis=1)
     triples = [_triples(points, 2 * seen) for points, seen in zip(joints, labelled, strict=True)]
-    return GroundTruth(np.stack(triples), np.where(sizes > 0, sizes, np.nan))
-
-
-def check_same_people(truth_path: Path, truth: GroundTruth, path: Path, people: list[MpiiPerson]) -> None:
-    """Refuse ground truth of other people; the two files are matched by order alone.
-
-    Raises:
-        DataError: The number of people differs, or a person's joints are elsewhere.
-    """
-    advice = "use the ground truth of the same split as the JSON (gt_valid.mat with valid.json)"
-    if len(truth.keypoints) != len(people):
-        raise DataError(f"{truth_path}: {len(truth.keypoints)} people, but {path} has {len(people)}; {advice}")
-    for person, keypoints in zip(people, truth.keypoints, strict=True):
-        both = (person.keypoints[:, 2] > 0) & (keypoints[:, 2] > 0)
-        distances = np.linalg.norm(person.keypoints[both, :2] - keypoints[both, :2], axis=1)
-        if both.any() and np.median(distances) > MAX_DISTANCE:
-            raise DataError(
-                f"{truth_path}: person {person.number} is not the one in {path}: their joints are "
-                f"{np.median(distances):.0f} pixels apart; {advice}"
-            )
-
-
-# --- MPII's MATLAB file -----------------------------------------------------------------------------------------
+    return triples, np.where(sizes > 0, sizes, np.nan)
 
 
 def read_release(path: Path, skipped: Counter[str]) -> list[MpiiPerson]:
@@ -176,7 +156,7 @@ def read_release(path: Path, skipped: Counter[str]) -> list[MpiiPerson]:
     if images is None or len(images) != len(is_train):
         raise DataError(f"{path}: RELEASE.annolist and RELEASE.img_train do not match")
     people: list[MpiiPerson] = []
-    number = 0
+    numbers = itertools.count(1)
     for index, (image, train) in enumerate(zip(images, is_train, strict=True), start=1):
         name = image["image"].get("name") if isinstance(image.get("image"), dict) else None
         rectangles = _structs(image.get("annorect"))
@@ -188,8 +168,7 @@ def read_release(path: Path, skipped: Counter[str]) -> list[MpiiPerson]:
             skipped["image_empty"] += 1
         else:
             for rectangle in rectangles:
-                number += 1
-                people += _release_person(number, name, rectangle, skipped)
+                people += _release_person(next(numbers), name, rectangle, skipped)
     return people
 
 
@@ -237,11 +216,9 @@ def _structs(value: Any) -> list[dict[str, Any]] | None:
 
 def _numbers_of(struct: Any, *fields: str) -> list[float] | None:
     """Return fields of a struct as finite numbers, which MATLAB may hold as text; None if one is not a number."""
-    if not isinstance(struct, dict):
-        return None
     try:
         numbers = [float(struct[field]) for field in fields]
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):  # such as an empty matrix in place of a struct or of a number
         return None
     return numbers if all(map(is_usable, numbers)) else None
 

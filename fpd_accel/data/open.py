@@ -24,18 +24,14 @@ def draw_missing_data(data: Data) -> None:
     datasets = [(data.train, data.synthetic.train_images, 2 * data.synthetic.seed)]
     if data.valid is not None:
         datasets.append((data.valid, data.synthetic.valid_images, 2 * data.synthetic.seed + 1))
-    for path, images, seed in datasets:
-        if not (Path(path) / "dataset.json").is_file():
-            _draw_and_prepare(Path(path), images=images, seed=seed)
-
-
-def _draw_and_prepare(shards: Path, *, images: int, seed: int) -> None:
-    """Draw an ordinary COCO dataset beside the shards, unless it exists, and prepare it like any other."""
-    drawn = shards.with_name(f"{shards.name}_coco")
-    if not drawn.exists():
-        say(f"drawing {images} images of synthetic people into {drawn}")
-        draw_dataset(drawn, images=images, seed=seed, workers=min(os.cpu_count() or 1, 8) if images > 100 else 0)
-    prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=shards)
+    for shards, images, seed in datasets:
+        if (Path(shards) / "dataset.json").is_file():
+            continue
+        drawn = Path(f"{Path(shards)}_coco")  # an ordinary COCO dataset beside the shards, prepared like any other
+        if not drawn.exists():
+            say(f"drawing {images} images of synthetic people into {drawn}")
+            draw_dataset(drawn, images=images, seed=seed, workers=min(os.cpu_count() or 1, 8) if images > 100 else 0)
+        prepare_coco(images=drawn / "images", annotations=drawn / "person_keypoints.json", output=shards)
 
 
 def open_data(
@@ -44,11 +40,7 @@ def open_data(
     """Return (train, valid, unlabelled) datasets; the last two may be None.
 
     Their files are mapped, so that missing or damaged ones are found here, where all ranks learn of the error.
-
-    Args:
-        data: The datasets of the recipe.
-        evaluate: Options that name a detector's boxes for `data.valid`.
-        stop: A stop request ends the decoding of images for `data.decoded_cache`.
+    `evaluate` may name a detector's boxes for `data.valid`.
 
     Raises:
         UserError: A dataset cannot be used, or the datasets do not match.
@@ -57,13 +49,12 @@ def open_data(
     train = _open_labelled(data)
     valid = _open_valid(data, evaluate, train)
     unlabelled = _open_unlabelled(data)
-    for dataset in (train, valid, unlabelled):
-        if dataset is not None:
-            dataset.open()
+    opened = [shards for shards in (*train.datasets, valid, unlabelled) if shards is not None]
+    for shards in opened:
+        shards.open()
     if data.decoded_cache is not None:
-        for shards in (*train.datasets, valid, unlabelled):
-            if shards is not None:
-                shards.decoded = open_decoded(shards, data.decoded_cache, stop=stop)
+        for shards in opened:
+            shards.decoded = open_decoded(shards, data.decoded_cache, stop=stop)
     return train, valid, unlabelled
 
 

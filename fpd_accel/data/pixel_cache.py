@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -32,19 +31,15 @@ IMAGES_AHEAD = 64  # decoded images that wait in memory to be written
 
 
 class DecodedImages:
-    """The pixels of images by their rows in the shards. Picklable: a worker maps the file again.
+    """The pixels of images by their rows in the shards, of which `rows` lists those kept, ascending.
 
-    Args:
-        path: The file of the pixels.
-        rows: Rows of the images kept, ascending.
-        heights: Their heights in pixels.
-        widths: Their widths in pixels.
+    Picklable: a worker maps the file again.
     """
 
     def __init__(self, path: Path, rows: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> None:
-        self.path, self.rows, self.heights, self.widths = path, rows, heights, widths
-        sizes = heights.astype(np.int64) * widths * CHANNELS
-        self.ends = np.cumsum(sizes)
+        self.path, self.rows = path, rows
+        self.shapes = np.column_stack([heights, widths, np.full(len(rows), CHANNELS)])
+        self.ends = np.cumsum(self.shapes.prod(axis=1))
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_pixels"}
@@ -61,14 +56,13 @@ class DecodedImages:
     def _pixels(self) -> UInt8[np.ndarray, " byte"]:
         return np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
 
-    def get(self, row: int) -> UInt8[np.ndarray, "height width 3"] | None:
+    def __call__(self, row: int) -> UInt8[np.ndarray, "height width 3"] | None:
         """Return a view of the image in this row of the shards, or None if it is not kept."""
         number = int(np.searchsorted(self.rows, row))
         if number == len(self.rows) or self.rows[number] != row:
             return None
-        height, width = int(self.heights[number]), int(self.widths[number])
-        end = int(self.ends[number])
-        return self._pixels[end - height * width * CHANNELS : end].reshape(height, width, CHANNELS)
+        shape, end = self.shapes[number], self.ends[number]
+        return self._pixels[end - shape.prod() : end].reshape(shape)
 
     def is_whole(self) -> bool:
         """Return whether the file exists; it gets its name when it is complete."""
@@ -79,19 +73,11 @@ class DecodedImages:
 
 
 def open_decoded(
-    shards: Shards,
-    folder: str | os.PathLike[str],
-    *,
-    rows: np.ndarray | None = None,
-    stop: StopSignal | None = None,
+    shards: Shards, folder: str | os.PathLike[str], *, rows: np.ndarray | None = None, stop: StopSignal | None = None
 ) -> DecodedImages:
     """Return the pixels of a dataset's images; one process of the machine decodes them first.
 
-    Args:
-        shards: The dataset.
-        folder: Folder of the cache, on a local disk.
-        rows: Rows of the images to keep, ascending. None: all images with usable people.
-        stop: A stop request ends the decoding.
+    Images are kept by their ascending `rows`, by default all with usable people.
 
     Raises:
         DataError: The disk is too small, the folder cannot be written, or an image does not decode.
@@ -103,10 +89,19 @@ def open_decoded(
     decoders = f"{cv2.__version__} {simplejpeg.__version__}"
     name = sha256(f"{shards.annotated.fingerprint} {sha256(rows.tobytes())} {decoders}")[:16]
     decoded = DecodedImages(Path(folder) / f"{name}.pixels", rows, heights, widths)
-    if len(decoded) and not decoded.is_whole():
-        with _translate_errors(decoded.path.parent), FileLock(decoded.path.with_suffix(".lock")):
+    if not len(decoded) or decoded.is_whole():
+        return decoded
+    folder = decoded.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(decoded.path.with_suffix(".lock")):
             if not decoded.is_whole():  # another process of this machine may have written it meanwhile
                 _decode_all(shards, decoded, stop or StopSignal())
+    except OSError as error:
+        raise DataError(
+            f"data.decoded_cache: {folder}: cannot be written: {error.strerror or error}; make room, name "
+            "another folder, or leave it out"
+        ) from None
     return decoded
 
 
@@ -137,25 +132,12 @@ def _decode_in_order(shards: Shards, decoded: DecodedImages) -> Iterator[np.ndar
     """Yield the pixels of all images, decoded by threads: the decoders release Python's GIL."""
 
     def decode(number: int) -> np.ndarray:
-        row, shape = int(decoded.rows[number]), (int(decoded.heights[number]), int(decoded.widths[number]), CHANNELS)
+        row = int(decoded.rows[number])
         pixels = decode_image(shards.read_images([row])[0].data)
-        if pixels is None or pixels.shape != shape:
-            raise DataError(f"{shards.path}: image {shards.image_name(row)} no longer decodes; prepare it again")
+        if pixels is None or pixels.shape != tuple(decoded.shapes[number]):
+            raise shards.damaged_image(row)
         return pixels
 
     with ThreadPoolExecutor(available_cores()) as threads:
         for first in range(0, len(decoded), IMAGES_AHEAD):
             yield from threads.map(decode, range(first, min(first + IMAGES_AHEAD, len(decoded))))
-
-
-@contextmanager
-def _translate_errors(folder: Path) -> Iterator[None]:
-    """Make the folder of the cache, and raise errors of the file system as DataError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise DataError(
-            f"data.decoded_cache: {folder}: cannot be written: {error.strerror or error}; make room, name "
-            "another folder, or leave it out"
-        ) from None

@@ -6,10 +6,10 @@ import json
 import shutil
 import uuid
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,6 @@ class ShardWriter:
     Write the images, then the people, then call `finish`. If the block raises, nothing is left behind.
 
     Args:
-        output: Folder to write.
-        skeleton: Skeleton of the keypoints.
         clip_boxes: Boxes are clipped to the image before cropping (COCO's protocol), or used as they are (MPII's).
         head_sizes: People have a `head_size`.
         allow_no_people: Accept images without a single usable person.
@@ -58,7 +56,7 @@ class ShardWriter:
         self.counts = {"images": 0, "people": 0, "usable": 0} | ({"head_sizes": 0} if head_sizes else {})
         if not clip_boxes:
             self.digest.update(b"boxes as they are")
-        self.excluded: dict[str, int] = {}  # exclude_reason -> people
+        self.excluded: Counter[str] = Counter()  # exclude_reason -> people
         self.usable_rows = array("i")
 
     def __enter__(self) -> "ShardWriter":
@@ -66,11 +64,9 @@ class ShardWriter:
             self.staging = self._staged.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._translate_errors():
-            self._staged.__exit__(kind, error, trace)
+            self._staged.__exit__(*error)
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:
@@ -98,11 +94,11 @@ class ShardWriter:
             for record in records:
                 reason = record["exclude_reason"]
                 if reason:
-                    self.excluded[reason] = self.excluded.get(reason, 0) + 1
+                    self.excluded[reason] += 1
                 else:
                     self.usable_rows.append(self.counts["people"])
+                    self.counts["usable"] += 1
                 self.counts["people"] += 1
-                self.counts["usable"] += not reason
                 self.digest.update(repr((record["id"], record["box"].tolist(), record["keypoints"].tolist())).encode())
                 self.digest.update(repr((reason, *(record[name] for name in ("crowd", "area", "score")))).encode())
                 if self.head_sizes:
@@ -114,12 +110,7 @@ class ShardWriter:
             self._save("people", counted(), people_features(self.skeleton.num_keypoints, head_sizes=self.head_sizes))
 
     def finish(self, *, source: dict[str, str], skipped: dict[str, int]) -> None:
-        """Write `dataset.json`.
-
-        Args:
-            source: Names and SHA-256 of the annotation files.
-            skipped: Number of images and people left out, by reason.
-        """
+        """Write `dataset.json`, with the names and SHA-256 of the annotation files, and what was left out by reason."""
         if not self.counts["usable"] and not (self.allow_no_people and self.counts["images"]):
             raise DataError(
                 f"{self.output}: nothing to write: no person that can be used; left out: {skipped | self.excluded}"

@@ -7,7 +7,7 @@ that `fpd-accel publish` wrote is opened by path or URL and cached in this form 
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,8 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from fpd_accel.data.arrow_columns import BytesColumn, Column
-from fpd_accel.data.images import PixelSource, StoredImage
-from fpd_accel.data.published.download import (
-    PARTS,
-    Published,
-    PublishedLayout,
-    Table,
-    open_arrow,
-    read_description,
-)
+from fpd_accel.data.images import StoredImage
+from fpd_accel.data.published.download import PARTS, Published, PublishedLayout, Table, open_arrow, read_description
 from fpd_accel.errors import DataError
 from fpd_accel.files import is_url
 from fpd_accel.geometry import Side, clip_box
@@ -44,20 +37,16 @@ IMAGE_FEATURES = Features(
 def people_features(num_keypoints: int, *, head_sizes: bool = False) -> Features:
     """Return the columns of `people/`; keypoints are flat (x, y, v), v as in COCO: 0 unlabelled, 1 hidden, 2 seen."""
     head = {"head_size": Value("float32")} if head_sizes else {}  # pixels, the unit of PCKh; NaN: unknown
-    return Features(
-        {
-            "id": Value("int64"),
-            "image_id": Value("int64"),
-            "image_row": Value("int64"),
-            "box": List(Value("float32"), length=4),
-            "keypoints": List(Value("float32"), length=3 * num_keypoints),
-            "area": Value("float32"),
-            "crowd": Value("bool"),
-            "score": Value("float32"),
-            "exclude_reason": Value("string"),  # why the person is never cropped; empty for usable people
-        }
-        | head
-    )
+    columns = {
+        **{name: Value("int64") for name in ("id", "image_id", "image_row")},
+        "box": List(Value("float32"), length=4),
+        "keypoints": List(Value("float32"), length=3 * num_keypoints),
+        "area": Value("float32"),
+        "crowd": Value("bool"),
+        "score": Value("float32"),
+        "exclude_reason": Value("string"),  # why the person is never cropped; empty for usable people
+    }
+    return Features(columns | head)
 
 
 class Shards:
@@ -76,7 +65,8 @@ class Shards:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path: Path | str = str(path) if is_url(path) else Path(path)
         self.published: Published | None = None
-        self.decoded: PixelSource | None = None  # images whose pixels are on a local disk: see pixel_cache.py
+        # Pixels by the row of the image, or None if they are not kept on a local disk (see pixel_cache.py).
+        self.decoded: Callable[[int], np.ndarray | None] | None = None
         self._stamps: dict[Path, tuple[int, ...] | None] = {}
         name, content = f"{self.path}/dataset.json", read_description(self.path)
         try:
@@ -90,7 +80,7 @@ class Shards:
                     self.description["exclude_reason"] = self.description.pop("unused")
             if readable and "parquet" in self.description:
                 layout = PublishedLayout.model_validate(self.description["parquet"])
-                self.published = Published.open(self.path, layout, fingerprint=self.description["sha256"])
+                self.published = Published(self.path, layout, self.description["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{name}: damaged ({error}); write the dataset again with `fpd-accel prepare`") from None
         if not readable:
@@ -105,8 +95,7 @@ class Shards:
             raise DataError(f"{self.path}: prepared for local use; publish it with `fpd-accel publish`")
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("images", "people", "usable", "image_rows", "_labels", "_stored")
-        return {k: v for k, v in self.__dict__.items() if k not in opened}
+        return {k: v for k, v in vars(self).items() if not isinstance(getattr(type(self), k, None), cached_property)}
 
     def open(self) -> None:
         """Map the files, so that forked workers share the metadata instead of reading it again.
@@ -149,22 +138,20 @@ class Shards:
     def read_images(self, rows: Sequence[int]) -> list[StoredImage]:
         """Return images by their rows; their bytes or pixels are views of the mapped files."""
         encoded, heights, widths = self._stored
-        sizes = zip(rows, heights[rows].tolist(), widths[rows].tolist(), strict=True)
-        return [StoredImage(self._pixels(row, encoded), height, width) for row, height, width in sizes]
-
-    def _pixels(self, row: int, encoded: BytesColumn) -> np.ndarray:
-        """Return the pixels of an image if they are kept, else its encoded bytes."""
-        pixels = self.decoded.get(row) if self.decoded is not None else None
-        return encoded[row] if pixels is None else pixels
+        images = []
+        for row, height, width in zip(rows, heights[rows].tolist(), widths[rows].tolist(), strict=True):
+            pixels = self.decoded(row) if self.decoded is not None else None
+            images.append(StoredImage(encoded[row] if pixels is None else pixels, height, width))
+        return images
 
     def image_sizes(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the heights and widths of images in pixels."""
         _, heights, widths = self._stored
         return heights[rows], widths[rows]
 
-    def image_name(self, row: int) -> str:
-        """Return the name of the file that an image was prepared from."""
-        return str(self.images[[row]]["file_name"][0])
+    def damaged_image(self, row: int) -> DataError:
+        """Return the error for an image that decoded when the shards were prepared; it names the image's file."""
+        return DataError(f"{self.path}: image {self.images[[row]]['file_name'][0]} no longer decodes; prepare it again")
 
     def _open(self, name: Table) -> Dataset:
         folder = self.folders[name]
@@ -186,8 +173,7 @@ class Shards:
         Processes that open the dataset later would read other data.
         """
         for path, stamp in self._stamps.items():
-            now = _stamp(path)
-            if now != stamp:
+            if (now := _stamp(path)) != stamp:
                 return f"{path}: was {'removed' if now is None else 'changed'}"
         return None
 
@@ -210,9 +196,7 @@ class Shards:
             except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{file}: damaged ({error}); prepare the dataset again") from None
             return rows
-        column = self.people.data.column("exclude_reason")
-        chunks = [np.empty(0, dtype=bool), *(chunk.to_numpy(zero_copy_only=False) == "" for chunk in column.chunks)]
-        return np.flatnonzero(np.concatenate(chunks))
+        return np.flatnonzero(self.columns(["exclude_reason"])["exclude_reason"] == "")
 
     @property
     def has_head_sizes(self) -> bool:
@@ -222,10 +206,7 @@ class Shards:
     def box_to_crop(self, box: np.ndarray, *, width: Side, height: Side) -> np.ndarray:
         """Return the box to crop around: clipped to the image, unless the dataset keeps its boxes as they are.
 
-        Args:
-            box: One box or several, (..., 4): x, y, width, height in image pixels.
-            width: Width of the image, or of each box's image.
-            height: Height of the image, or of each box's image.
+        `box` is one box or several, (..., 4): x, y, width, height in pixels of an image of `width` x `height`.
         """
         return clip_box(box, width, height) if self.description.get("clip_boxes", True) else box
 

@@ -25,7 +25,6 @@ from fpd_accel.data.mixture import Mixture, as_mixture
 from fpd_accel.data.shards import LABELS, Shards
 from fpd_accel.data.teacher_targets import TeacherTargets
 from fpd_accel.distributed.preemption import ignore_stop_signals, terminate
-from fpd_accel.errors import DataError
 from fpd_accel.geometry import Matrix, box_to_region, crop_matrix, lowest_row, mirror_matrix, transform_points
 
 WARP_MARGIN = 3  # rows below the lowest point of a crop that its interpolation may read
@@ -67,7 +66,7 @@ class Sample:
     """A person and the image that it is in."""
 
     place: Place
-    box: np.ndarray  # x, y, width, height, image pixels
+    box: np.ndarray  # to crop around: x, y, width, height, image pixels
     keypoints: np.ndarray  # (joint, 3): x, y, v; all zero without labels
     image_row: int
     image: StoredImage
@@ -82,12 +81,9 @@ class PoseStream(IterableDataset[Batch]):
     Args:
         shards: A dataset with labels, or a mixture of several.
         input_size: (height, width) of the crops in pixels.
-        batch_size: Samples per micro-batch.
         augment: Shuffle the order and draw a random geometry for each sample. None: stored order, without augmentation.
         padding: Factor on the person's box.
         seed: Seed of order and geometry.
-        rank: Number of this process.
-        ranks: Number of processes.
         start: First global sample.
         stop: End of the global samples. None: one epoch.
         unbiased: Crop as UDP does.
@@ -125,12 +121,10 @@ class PoseStream(IterableDataset[Batch]):
         self.unbiased, self.teacher_targets = unbiased, teacher_targets
         self.share = share if unlabelled is not None else 0.0
         self.sources = [
-            Source(dataset, number, group_by_image=group_by_image)
-            for number, dataset in enumerate(self.labelled.datasets)
+            Source(dataset, number, labelled=number < len(self.labelled.datasets), group_by_image=group_by_image)
+            for number, dataset in enumerate((*self.labelled.datasets, unlabelled))
+            if dataset is not None
         ]
-        if unlabelled is not None:
-            number = len(self.sources)
-            self.sources.append(Source(unlabelled, number, labelled=False, group_by_image=group_by_image))
 
     def __len__(self) -> int:
         """Return the number of micro-batches of this rank."""
@@ -146,22 +140,25 @@ class PoseStream(IterableDataset[Batch]):
     def batch(self, samples: range) -> Batch:
         """Return the batch of a range of samples of the endless sequence."""
         people = self._read([self.place(sample) for sample in samples])
-        geometries = self._geometries(people)
+        regions = box_to_region(np.stack([person.box for person in people]), self.input_size, padding=self.padding)
+        geometries = [self._geometry(*one) for one in zip(people, *regions, strict=True)]
         crops = np.empty((len(people), *self.input_size, 3), dtype=np.uint8)
         keypoints = np.empty((len(people), self.skeleton.num_keypoints, 2), dtype=np.float32)
         visible = np.empty(keypoints.shape[:2], dtype=np.float32)
         matrices = [self._matrix(*one) for one in zip(people, geometries, strict=True)]
         for same_image in _group_by_image(people):  # decode once, then warp while the pixels are in the CPU's cache
             lowest = max(lowest_row(matrices[i], self.input_size) for i in same_image)
-            pixels = self._decode(people[same_image[0]], rows=max(0, math.ceil(lowest)) + WARP_MARGIN)
+            person = people[same_image[0]]
+            pixels = decode_image(person.image.data, rows=max(0, math.ceil(lowest)) + WARP_MARGIN)
+            if pixels is None:
+                raise self.sources[person.place.source].shards.damaged_image(person.image_row)
             for i in same_image:
                 cv2.warpAffine(pixels, matrices[i], self.input_size[::-1], dst=crops[i], flags=cv2.INTER_LINEAR)
         for i, geometry in enumerate(geometries):
             keypoints[i], visible[i] = self._keypoints(people[i], geometry, matrices[i])
         labelled = [float(self.sources[person.place.source].labelled) for person in people]
-        targets, scales = None, None
-        if self.teacher_targets is not None:
-            targets, scales = self.teacher_targets.read([self._record(person.place) for person in people])
+        cache = self.teacher_targets
+        targets, scales = cache.read([self._record(cache, one.place) for one in people]) if cache else (None, None)
         return Batch(
             crops=torch.from_numpy(crops),
             keypoints=torch.from_numpy(keypoints),
@@ -196,34 +193,12 @@ class PoseStream(IterableDataset[Batch]):
         people = source.shards.columns(LABELS, [place.row for place in places])
         rows = people["image_row"].tolist()
         images = source.shards.read_images(rows)
+        widths, heights = np.array([(image.width, image.height) for image in images]).T
+        boxes = source.shards.box_to_crop(people["box"], width=widths, height=heights)
         unlabelled = np.zeros((self.skeleton.num_keypoints, 3), dtype=np.float32)
         for i, place in enumerate(places):
             keypoints = people["keypoints"][i].reshape(-1, 3) if source.labelled else unlabelled
-            yield Sample(place, people["box"][i], keypoints, rows[i], images[i])
-
-    def _decode(self, person: Sample, *, rows: int) -> np.ndarray:
-        """Return the pixels of a person's image, at least its topmost `rows`."""
-        pixels = decode_image(person.image.data, rows=rows)
-        if pixels is None:
-            shards = self.sources[person.place.source].shards
-            raise DataError(
-                f"{shards.path}: image {shards.image_name(person.image_row)} no longer decodes; prepare it again"
-            )
-        return pixels
-
-    def _geometries(self, people: Sequence[Sample]) -> list[Geometry]:
-        """Return the geometry of each crop; the regions of all boxes of a dataset are computed at once."""
-        boxes = np.empty((len(people), 4), dtype=np.float32)
-        for source in self.sources:
-            own = [i for i, person in enumerate(people) if person.place.source == source.number]
-            if own:
-                boxes[own] = source.shards.box_to_crop(
-                    np.stack([people[i].box for i in own]),
-                    width=np.array([people[i].image.width for i in own]),
-                    height=np.array([people[i].image.height for i in own]),
-                )
-        regions = box_to_region(boxes, self.input_size, padding=self.padding)
-        return [self._geometry(*one) for one in zip(people, *regions, strict=True)]
+            yield Sample(place, boxes[i], keypoints, rows[i], images[i])
 
     def _geometry(self, person: Sample, center: np.ndarray, size: np.ndarray) -> Geometry:
         if self.augment is None:
@@ -241,16 +216,14 @@ class PoseStream(IterableDataset[Batch]):
 
     def _view(self, place: Place) -> int:
         """Return the view that the geometry is drawn for: the number of the epoch, or of one of a few fixed views."""
-        views = self.augment.views if self.augment is not None else None
-        if views is None:
+        if self.augment is None or self.augment.views is None:
             return place.epoch
-        return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=views)
+        return view_in_epoch(self.seed, place.epoch, place.row, source=place.source, views=self.augment.views)
 
-    def _record(self, place: Place) -> int:
+    def _record(self, cache: TeacherTargets, place: Place) -> int:
         """Return the record of this view of this person in the teacher cache."""
-        assert self.teacher_targets is not None
         position = int(np.searchsorted(self.sources[place.source].shards.usable, place.row))
-        return self.teacher_targets.layout.record(place.source, position, self._view(place))
+        return cache.layout.record(place.source, position, self._view(place))
 
     def _matrix(self, person: Sample, geometry: Geometry) -> Matrix:
         """Return the affine map from a person's image to the crop, mirroring included."""
@@ -288,7 +261,7 @@ def make_loader(stream: PoseStream, workers: int, device: torch.device) -> DataL
         num_workers=workers,
         pin_memory=device.type == "cuda",
         prefetch_factor=READ_AHEAD if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
 
 
@@ -301,21 +274,17 @@ def close_loader(batches: Iterator[Batch]) -> None:
             terminate(process)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Run OpenCV in one thread, as the other workers use the other cores, and leave stop signals to the trainer."""
     cv2.setNumThreads(0)
     ignore_stop_signals()
 
 
 def by_image(order: Int[np.ndarray, " person"], images: Int[np.ndarray, " person"]) -> Int[np.ndarray, " person"]:
-    """Return a permutation of people with the people of each image in a row, in their order in `order`.
+    """Return a permutation of people with the people of each image in a row, in their order in the permutation `order`.
 
     An image takes the position in `order` of its first person as stored. The position of its first person in `order`
     would bring images with many people early in every epoch.
-
-    Args:
-        order: A permutation of people.
-        images: The image of each person.
     """
     position = np.empty_like(order)
     position[order] = np.arange(len(order), dtype=order.dtype)

@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Float32, Shaped
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,10 +33,9 @@ DESCRIPTION = "cache.json"
 WRITING = ".writing"  # suffix of a part that is being written
 STALE_PART = 3600.0  # seconds without a write after which such a part is taken for abandoned
 LEVELS = 255  # steps of uint8 between the lowest and the highest value of a heatmap
-SCALES = 2  # numbers stored with a heatmap in uint8: its lowest value and the step
 
 Kind = Literal["bf16", "uint8"]
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "uint8": torch.uint8}
+DTYPES = {"bf16": torch.bfloat16, "uint8": torch.uint8}
 
 Packed = Shaped[Tensor, "batch stage joint heatmap_height heatmap_width"]
 Scales = Float32[Tensor, "batch stage joint 2"]
@@ -87,11 +85,7 @@ class CacheLayout(BaseModel):
     @property
     def record_bytes(self) -> int:
         """The size of a record with its scales."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize + self._scales * torch.float32.itemsize
-
-    @property
-    def _scales(self) -> int:
-        return prod(self.shape[:2]) * SCALES if self.dtype == "uint8" else 0
+        return sum(tensor.nbytes for tensor in self.empty(1).values())
 
     @property
     def parts(self) -> int:
@@ -115,8 +109,8 @@ class CacheLayout(BaseModel):
     def empty(self, records: int) -> dict[str, Tensor]:
         """Return uninitialised tensors for a number of records."""
         tensors = {"heatmaps": torch.empty((records, *self.shape), dtype=DTYPES[self.dtype])}
-        if self._scales:
-            tensors["scales"] = torch.empty((records, *self.shape[:2], SCALES))
+        if self.dtype == "uint8":  # the lowest value of each heatmap and the step
+            tensors["scales"] = torch.empty((records, *self.shape[:2], 2))
         return tensors
 
 
@@ -133,7 +127,13 @@ class TeacherTargets:
 
     def missing(self) -> list[int]:
         """Return the parts that do not exist or are damaged."""
-        return [part for part in range(self.layout.parts) if not self._is_whole(part)]
+        missing = []
+        for part in range(self.layout.parts):
+            try:
+                self._find_tensors(part)
+            except (OSError, ValueError, KeyError, TypeError):
+                missing.append(part)
+        return missing
 
     def remove_abandoned(self) -> None:
         """Remove the temporary files of killed processes."""
@@ -143,11 +143,7 @@ class TeacherTargets:
                     path.unlink()
 
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
-        """Write a part into the folder.
-
-        Raises:
-            DataError: The file cannot be written.
-        """
+        """Write a part into the folder; raise a DataError if that is not possible."""
         path = self.path(part)
         # A unique temporary name: if file locks hold on one machine only, another machine may write the same part.
         try:
@@ -160,11 +156,7 @@ class TeacherTargets:
             ) from None
 
     def read(self, records: Sequence[int]) -> tuple[Packed, Scales | None]:
-        """Return records in their stored form.
-
-        Raises:
-            DataError: A part is missing or truncated.
-        """
+        """Return records in their stored form; raise a DataError if a part is missing or truncated."""
         tensors = self.layout.empty(len(records))
         rows = {name: tensor.view(torch.uint8).flatten(1).numpy() for name, tensor in tensors.items()}
         size = self.layout.part_people * self.layout.views
@@ -184,12 +176,7 @@ class TeacherTargets:
         return tensors["heatmaps"], tensors.get("scales")
 
     def _find_tensors(self, part: int) -> dict[str, int]:
-        """Return the offsets of the tensors of a part in its file.
-
-        Raises:
-            OSError, ValueError, KeyError: The file is not a safetensors file of this layout.
-        """
-        wanted = self.layout.empty(0)
+        """Return the offsets of a part's tensors; raise OSError, ValueError or KeyError if the file is damaged."""
         records = len(self.layout.records_of(part))
         with self.path(part).open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
@@ -198,7 +185,7 @@ class TeacherTargets:
                 raise ValueError("no header")
             header: dict[str, Any] = json.loads(file.read(length))
         starts = {}
-        for name, tensor in wanted.items():
+        for name, tensor in self.layout.empty(0).items():
             if tuple(header[name]["shape"]) != (records, *tensor.shape[1:]):
                 raise ValueError(f"{name} has the shape {header[name]['shape']}")
             starts[name] = 8 + length + header[name]["data_offsets"][0]
@@ -206,27 +193,16 @@ class TeacherTargets:
             raise ValueError(f"{size} bytes")
         return starts
 
-    def _is_whole(self, part: int) -> bool:
-        try:
-            self._find_tensors(part)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return True
-
 
 def read_description(folder: Path) -> tuple[dict[str, Any], CacheLayout] | None:
-    """Return the key and the layout of a cache, or None if there is no cache in the folder.
-
-    Raises:
-        DataError: The description is damaged.
-    """
+    """Return the key and the layout of a cache, or None if there is no cache in the folder."""
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_bytes())
         return dict(description["key"]), CacheLayout.model_validate(description["layout"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); remove {folder}, to build it again") from None
 
 
@@ -247,6 +223,6 @@ def nearest_cache(root: Path, key: dict[str, Any]) -> tuple[Path, list[str]] | N
     others = []
     for path in root.glob(f"*/{DESCRIPTION}"):
         with suppress(DataError):  # a damaged cache is not compared
-            found = read_description(path.parent)
-            others += [(path.parent, differing(found[0], key))] if found is not None else []
+            if found := read_description(path.parent):
+                others.append((path.parent, differing(found[0], key)))
     return min(others, key=lambda other: (len(other[1]), other[0]), default=None)

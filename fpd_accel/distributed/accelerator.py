@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,34 +32,17 @@ from fpd_accel.errors import (
     this_rank_only,
 )
 
-if TYPE_CHECKING:
-    from torch.distributed import Work
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
 Result = TypeVar("Result")
-
-
-Parallel = Literal["auto", "ddp", "fsdp2"]
-
-
 COLLECTIVE_TIMEOUT_FACTOR = 5
 """Multiple of `train.timeout_minutes` that collective operations wait, so that the watchdog reports a hang first."""
-
-
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun, Open MPI, MPICH
-
-
 X86 = ("x86_64", "AMD64")  # names of the architecture on Linux and macOS, and on Windows
-
-
 LOST_PEER = ("onnection ", "Timed out waiting", "Application timeout")  # parts of gloo's messages about a lost process
 
 
-def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_minutes: float = 30.0) -> Accelerator:
+def create_accelerator(
+    precision: str, *, parallel: Literal["auto", "ddp", "fsdp2"] = "auto", timeout_minutes: float = 30.0
+) -> Accelerator:
     """Build the Accelerator. The launcher decides where to run, the recipe in which precision.
 
     Args:
@@ -72,7 +55,8 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
             the recipe.
     """
     _check_launcher()
-    sharded = parallel == "fsdp2" or (parallel == "auto" and _environment_says("ACCELERATE_USE_FSDP"))
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
+    sharded = parallel == "fsdp2" or (parallel == "auto" and launched)
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()  # Accelerate prefers it to its argument
     # Batch statistics must stay float32, so the precision is left to autocast instead of FSDP2.
     plugin = FullyShardedDataParallelPlugin(
@@ -108,9 +92,7 @@ def create_accelerator(precision: str, *, parallel: Parallel = "auto", timeout_m
         )
     if precision == "bf16" and not multiplies_bf16(accelerator.device):
         warn("precision bf16: this hardware has no bfloat16 arithmetic and emulates it; fp32 is many times faster")
-    if sharded and accelerator.distributed_type != DistributedType.FSDP:
-        if accelerator.num_processes == 1:
-            return accelerator  # nothing to shard
+    if sharded and not is_sharded(accelerator) and accelerator.num_processes > 1:
         _shard_on_processors(accelerator, plugin)
     return accelerator
 
@@ -144,10 +126,6 @@ def _cores_per_process(processes: int) -> int:
     if given is not None and "SLURM_PROCID" in os.environ:
         return int(given)
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-
-
-def _environment_says(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
 
 
 def _shard_on_processors(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
@@ -194,10 +172,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Res
 def translate_comm_errors(accelerator: Accelerator, where: str, *, intact: Callable[[], str] = str) -> Iterator[None]:
     """Re-raise gloo and NCCL connection and timeout errors as TrainingError.
 
-    Args:
-        accelerator: Knows how many processes there are.
-        where: The beginning of the message.
-        intact: Returns from which checkpoint the run can continue, for the message.
+    The message begins with `where`, and ends with what `intact` returns: from which checkpoint the run can continue.
     """
     try:
         yield
@@ -229,7 +204,7 @@ def run_on_all(accelerator: Accelerator, function: Callable[[], Result], *, same
     Args:
         accelerator: Knows the ranks.
         function: Called on every rank.
-        same: The part of the result that has to be equal on all ranks.
+        same: Returns the part of the result that has to be equal on all ranks.
 
     Raises:
         DataError: The results differ.
@@ -274,17 +249,12 @@ class FlagReducer:
     `step` sends the flags of this step and returns those that any rank raised one step before. The reduction runs on
     the CPU beside the step, so that the device is not synchronised and no rank waits for one less than a step behind.
 
-    Args:
-        flags: Names of all flags.
-        ranks: Number of processes.
-        minutes: Timeout, as of `create_accelerator`.
-
     Raises:
         TrainingError: The processes do not reach each other over gloo.
     """
 
-    def __init__(self, flags: Sequence[str], *, ranks: int, minutes: float = 30.0) -> None:
-        self.flags = tuple(flags)
+    def __init__(self, flags: Sequence[str], *, ranks: int, minutes: float) -> None:
+        self.flags = flags
         timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_FACTOR * minutes)
         self._group: Any = None
         if ranks > 1:
@@ -295,25 +265,20 @@ class FlagReducer:
                     f"the processes do not reach each other over gloo ({' '.join(str(error).split())}); "
                     "GLOO_SOCKET_IFNAME names the network interface to use, such as eth0"
                 ) from None
-        self._pending: tuple[Work, torch.Tensor] | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def step(self, raised: set[str]) -> set[str]:
         """Return the flags that any rank raised one step ago; on a single process those raised now."""
         if self._group is None:
             return raised
-        before = self.drain()
+        before: set[str] = set()
+        if self._pending is not None:
+            work, values = self._pending
+            work.wait()
+            before = {flag for flag, value in zip(self.flags, values.tolist(), strict=True) if value}
         values = torch.tensor([flag in raised for flag in self.flags], dtype=torch.int32)
         self._pending = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True), values
         return before
-
-    def drain(self) -> set[str]:
-        """Return the flags of the last step, once after it."""
-        if self._pending is None:
-            return set()
-        work, values = self._pending
-        work.wait()
-        self._pending = None
-        return {flag for flag, value in zip(self.flags, values.tolist(), strict=True) if value}
 
 
 def available_cores() -> int:

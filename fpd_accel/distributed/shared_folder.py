@@ -22,26 +22,18 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class SharedFolder:
-    """A folder as one rank sees it.
-
-    Attributes:
-        path: The folder.
-        setting: Key of the recipe that names it, for messages.
-        accelerator: Knows the ranks.
-        alive: Called with the current activity while waiting (see `Watchdog.alive`).
-    """
+    """A folder as one rank sees it."""
 
     path: Path
-    setting: str
+    setting: str  # key of the recipe that names the folder, for messages
     accelerator: Accelerator
-    alive: Callable[[str], None]
+    alive: Callable[[str], None]  # called with the current activity while waiting (see `Watchdog.alive`)
 
     @contextmanager
     def one_job(self, *, meanwhile: Callable[[], None]) -> Iterator[None]:
         """Let one job write within the block, on all of its ranks; later jobs wait for it and find its files.
 
-        Args:
-            meanwhile: Called on all ranks repeatedly while another job is waited for; may raise.
+        While another job is waited for, all ranks call `meanwhile` repeatedly; it may raise.
 
         Raises:
             DataError: The folder cannot be made.
@@ -97,10 +89,7 @@ class SharedFolder:
                     path.unlink()
 
     def wait_for(self, problem: Callable[[], str]) -> None:
-        """Wait until this machine sees the files that another one wrote.
-
-        Args:
-            problem: Returns what is still missing, or an empty string.
+        """Wait until this machine sees the files that another one wrote: `problem` returns what is still missing.
 
         Raises:
             DataError: Something is missing after `VISIBLE_SECONDS`.

@@ -8,22 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 
 EXIT_HUNG = 2
 
 
 class Watchdog(AbstractContextManager["Watchdog"]):
-    """Ends the process if `alive` has not been called for a number of seconds.
+    """Ends the process if `alive` has not been called for a number of seconds; `hint` is advice for the message.
 
     A rank that hangs in a collective operation cannot raise an exception. So a thread watches the clock; it prints the
     rank, the machine, the last activity and the stack, and exits without cleaning up, whereupon the launcher ends the
     other ranks. Time during which the machine or the process is suspended does not count. Blocks may be nested.
-
-    Args:
-        seconds: Longest time between two calls of `alive`.
-        rank: For the message.
-        hint: Advice, at the end of the message.
     """
 
     def __init__(self, seconds: float, *, rank: int = 0, hint: str = "") -> None:
@@ -54,9 +48,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             threading.Thread(target=self._watch, args=(self._over,), name="watchdog", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._entered -= 1
         if not self._entered:
             self._over.set()

@@ -17,7 +17,7 @@ from fpd_accel.data.detections import Detections
 from fpd_accel.data.mixture import Mixture
 from fpd_accel.data.shards import Shards
 from fpd_accel.geometry import box_to_region
-from fpd_accel.metrics import PCK, gc_paused, mpii_scores, pck, rescore
+from fpd_accel.metrics import gc_paused, mpii_scores, pck, rescore
 from fpd_accel.oks import Sigmas, oks_nms_by_image, soft_oks_nms_by_image
 
 CATEGORY = 1  # COCO's category id of "person"
@@ -38,19 +38,12 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Return people in COCO's result format: rescored, without near-duplicates, best person of an image first.
 
-    Args:
-        shards: The people that were evaluated on.
-        predictions: Their keypoints.
-        options: The evaluation protocol.
-        input_size: (height, width) of a crop, pixels.
-        padding: Factor on each person's box.
+    `input_size` is (height, width) of a crop in pixels, `padding` the factor on each person's box.
     """
     people = shards.columns(("image_id", "score"), predictions.rows)
-    sizes = regions(shards, predictions.rows, input_size, padding)[1]
-    areas = sizes.prod(axis=1)  # of the padded region, as in the published code
-    return select_poses(
-        predictions, people["image_id"], people["score"], areas, options=options, sigmas=shards.skeleton.sigmas
-    )
+    areas = regions(shards, predictions.rows, input_size, padding)[1].prod(axis=1)
+    sigmas = shards.skeleton.sigmas
+    return select_poses(predictions, people["image_id"], people["score"], areas, options=options, sigmas=sigmas)
 
 
 @gc_paused()
@@ -65,15 +58,8 @@ def select_poses(
 ) -> list[dict[str, Any]]:
     """Rescore poses, suppress near-duplicates in each image by OKS, and return the rest in COCO's result format.
 
-    Soft suppression selects people by decayed scores, but as in the published code results have the undecayed scores.
-
-    Args:
-        predictions: Keypoints of the people.
-        images: Image id of each person.
-        box_scores: Score of each person's box.
-        areas: Area of each person's region, square pixels.
-        options: The evaluation protocol.
-        sigmas: Standard deviation of each joint, for OKS.
+    As in the published code the `areas` are those of the padded regions, in square pixels, and soft suppression selects
+    people by decayed scores, but results have the undecayed scores. `images` are their ids.
     """
     scores = rescore(predictions.scores, box_scores, options.keypoint_threshold)
     poses = (images, predictions.keypoints, scores, areas)
@@ -111,8 +97,7 @@ def regions(
     """Return centres (x, y) and sizes (width, height) of the crops of the people in `rows`, image pixels."""
     people = shards.columns(("box", "image_row"), rows)
     image_sizes = read_columns(shards.images, ("width", "height"), people["image_row"])
-    boxes = shards.box_to_crop(people["box"], **image_sizes)
-    return box_to_region(boxes, input_size, padding=padding)
+    return box_to_region(shards.box_to_crop(people["box"], **image_sizes), input_size, padding=padding)
 
 
 @gc_paused()
@@ -122,23 +107,18 @@ def ground_truth(shards: Shards, *, rows: np.ndarray | None = None) -> dict[str,
     `rows` restricts it to these people and their images.
     """
     people = shards.annotated.columns(("id", "image_id", "box", "area", "crowd", "keypoints"), rows)
-    shown = (people["keypoints"][:, 2::3] > 0).sum(axis=1)
-    columns = (people[name].tolist() for name in ("id", "image_id", "box", "area", "keypoints"))
-    annotations = [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": CATEGORY,
-            "bbox": box,
-            "area": area,
-            "iscrowd": crowd,
-            "keypoints": keypoints,
-            "num_keypoints": labelled,
-        }
-        for number, image, box, area, keypoints, crowd, labelled in zip(
-            *columns, people["crowd"].astype(int).tolist(), shown.tolist(), strict=True
-        )
-    ]
+    columns = {
+        "id": people["id"],
+        "image_id": people["image_id"],
+        "category_id": np.full_like(people["id"], CATEGORY),
+        "bbox": people["box"],
+        "area": people["area"],
+        "iscrowd": people["crowd"].astype(int),
+        "keypoints": people["keypoints"],
+        "num_keypoints": (people["keypoints"][:, 2::3] > 0).sum(axis=1),
+    }
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    annotations = [dict(zip(columns, of_person, strict=True)) for of_person in values]
     listed = read_columns(shards.images, ("id",))["id"] if rows is None else np.unique(people["image_id"])
     images = [{"id": image} for image in listed.tolist()]
     return {"images": images, "annotations": annotations, "categories": [{"id": CATEGORY, "name": "person"}]}
@@ -163,21 +143,9 @@ def keypoint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, flo
     """Return PCK in percent: labelled keypoints found within 0.2 torso lengths, or 0.1 of the box's longer side.
 
     The skeleton names the ends of the torso (0.2 is from Sapp and Taskar, CVPR 2013); people without both ends do not
-    count. The box is used if the skeleton has no torso.
+    count. The box is used if the skeleton has no torso. First comes the PCK of all joints, then that of each joint
+    which is labelled at all, as `joint/<name>`.
     """
-    kind, scores = _pck(shards, predictions)
-    return {f"PCK_{kind}@{PCK_THRESHOLDS[kind]}": scores.mean}
-
-
-def joint_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:
-    """Return the PCK of `keypoint_accuracy` for each joint that is labelled at all, as `joint/<name>`."""
-    _, scores = _pck(shards, predictions)
-    pairs = zip(shards.skeleton.keypoints, scores.per_joint.tolist(), strict=True)
-    return {f"joint/{name}": score for name, score in pairs if math.isfinite(score)}
-
-
-def _pck(shards: Shards, predictions: Predictions) -> tuple[str, PCK]:
-    """Return `torso` or `box`, by which errors are normalised, and the PCK."""
     people = shards.columns(("keypoints", "box"), predictions.rows)
     triples = people["keypoints"].reshape(len(predictions.rows), -1, 3)
     truth, visible = triples[..., :2], triples[..., 2] > 0
@@ -187,7 +155,10 @@ def _pck(shards: Shards, predictions: Predictions) -> tuple[str, PCK]:
         lengths = np.where(visible[:, a] & visible[:, b], lengths, np.nan)
     else:
         kind, lengths = "box", people["box"][:, 2:].max(axis=1)
-    return kind, pck(predictions.keypoints, truth, lengths, visible, PCK_THRESHOLDS[kind])
+    scores = pck(predictions.keypoints, truth, lengths, visible, PCK_THRESHOLDS[kind])
+    joints = zip(shards.skeleton.keypoints, scores.per_joint.tolist(), strict=True)
+    of_joints = {f"joint/{name}": score for name, score in joints if math.isfinite(score)}
+    return {f"PCK_{kind}@{PCK_THRESHOLDS[kind]}": scores.mean} | of_joints
 
 
 def head_accuracy(shards: Shards, predictions: Predictions) -> dict[str, float]:

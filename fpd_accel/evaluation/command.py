@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_intermixed_args(arguments)
     if chosen.workers < 0 or (chosen.batch is not None and chosen.batch < 1):
         parser.error("--batch is at least 1 and --workers at least 0")
-    flags = {name: getattr(chosen, name) for name in ("boxes", "flip_test", "batch")}
-    values = {name: value for name, value in flags.items() if value is not None}
+    flags = ("boxes", "flip_test", "batch")
+    values = {name: value for name in flags if (value := getattr(chosen, name)) is not None}
     try:
         options = load_section(Evaluate, chosen.overrides, source="recipes/evaluate.py", values=values)
         if chosen.output is not None:

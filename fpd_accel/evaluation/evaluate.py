@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpd_accel.codecs import HeatmapCodec, PoseCodec
+from fpd_accel.codecs import PoseCodec, create_codec
 from fpd_accel.config.schema import Evaluate
 from fpd_accel.console import track
 from fpd_accel.data.batch import Batch, Normalization
@@ -30,18 +30,18 @@ from fpd_accel.evaluation.coco_results import (
     detection_stats,
     ground_truth,
     head_accuracy,
-    joint_accuracy,
     keypoint_accuracy,
 )
 from fpd_accel.losses import Losses
 from fpd_accel.metrics import average_precision
-from fpd_accel.outputs import STRIDE, Output, SimCC, mean_output
+from fpd_accel.models.names import DEFAULT_INPUT_SIZE
+from fpd_accel.outputs import Output, SimCC, mean_output
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-
 Compare = Callable[[tuple[Output, ...], Batch], Losses]
+Found = tuple[dict[str, float], list[dict[str, Any]]]  # metrics, and people in COCO's result format
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     workers: int = 0,
     accelerator: "Accelerator | None" = None,
     watchdog: Watchdog | None = None,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> Found:
     """Return the metrics of a network on every usable person, and the people it found in COCO's result format.
 
     With a detector's boxes (`options.boxes`, or `Detections` as `shards`) AP and AR compare the people found in them
@@ -81,9 +81,7 @@ def evaluate(
         ModelError: The network does not return a tuple of stage outputs.
     """
     options = options or Evaluate()
-    if codec is None:
-        height, width = input_size or (256, 192)
-        codec = HeatmapCodec((height, width), (height // STRIDE, width // STRIDE))
+    codec = codec or create_codec("heatmap", input_size or DEFAULT_INPUT_SIZE)
     shards = with_boxes(shards, options)
     predictions, losses = predict(
         model,
@@ -97,24 +95,16 @@ def evaluate(
         accelerator=accelerator,
         watchdog=watchdog,
     )
-    found: tuple[dict[str, float], list[dict[str, Any]]] = {}, []
+    found: Found = {}, []
     with watchdog.paused("evaluated") if watchdog is not None else nullcontext():
         if accelerator is None or accelerator.is_main_process:
             people = coco_results(shards, predictions, options=options, input_size=codec.input_size, padding=padding)
             found = _metrics(shards, predictions, people) | losses, people
-        return _broadcast(found, accelerator)
+        if accelerator is not None and accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
 
-
-def _broadcast(
-    found: tuple[dict[str, float], list[dict[str, Any]]], accelerator: "Accelerator | None"
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Return the metrics and people of rank 0 on all ranks."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return found
-    from accelerate.utils import broadcast_object_list
-
-    metrics, people = broadcast_object_list([*found])
-    return metrics, people
+            found = tuple(broadcast_object_list([*found]))
+    return found
 
 
 def _metrics(shards: Shards, predictions: Predictions, people: list[dict[str, Any]]) -> dict[str, float]:
@@ -123,8 +113,7 @@ def _metrics(shards: Shards, predictions: Predictions, people: list[dict[str, An
     metrics |= detection_stats(shards, predictions, people)
     if isinstance(shards, Detections):
         return metrics
-    metrics |= head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions)
-    return metrics | joint_accuracy(shards, predictions)
+    return metrics | head_accuracy(shards, predictions) | keypoint_accuracy(shards, predictions)
 
 
 @torch.no_grad()
@@ -164,9 +153,9 @@ def predict(
     flip_index = torch.tensor(shards.skeleton.flip_index, device=device)  # once, because copying waits for the device
     model.eval()
     for batches in track(zip(*loaders, strict=True), "evaluating", total=len(streams[0])):
-        outputs = []
         if watchdog is not None:
             watchdog.alive("evaluating")
+        outputs = []
         for scale, crops in zip(options.scales, batches, strict=True):
             batch = crops.to(device)
             images = normalization(batch.crops)
@@ -174,10 +163,10 @@ def predict(
             output = _select_stage(stages, options)
             if scale == 1.0:
                 whole = batch
-            if compare is not None and scale == 1.0:
-                terms = compare(stages, batch)
-                hits = accuracy(terms.predicted, terms.target)
-                losses.append(torch.stack([terms.total, terms.pose, terms.kd, hits]))
+                if compare is not None:
+                    terms = compare(stages, batch)
+                    hits = accuracy(terms.predicted, terms.target)
+                    losses.append(torch.stack([terms.total, terms.pose, terms.kd, hits]))
             if options.flip_test:
                 mirrored = _select_stage(_forward(model, images.flip(-1)), options)
                 output = fuse(output, mirrored, codec, flip_index, shift=options.flip_shift)

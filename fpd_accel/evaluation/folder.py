@@ -17,12 +17,7 @@ def evaluate_folder(
 ) -> tuple[Score | None, list[dict[str, Any]]]:
     """Evaluate a model folder on prepared people, and print the table of its scores.
 
-    Args:
-        folder: The model folder.
-        data: Shards written by `fpd-accel prepare`.
-        options: The evaluation protocol; None: the published one.
-        workers: Loader processes per rank.
-        precision: `fp32` or `bf16`, of the forward pass.
+    The arguments are those of the command: `precision` is `fp32` or `bf16`, of the forward pass.
 
     Returns:
         The score, None on every rank except rank 0, and the people found in COCO's result format.

@@ -63,23 +63,20 @@ def describe_protocol(shards: Shards, options: Evaluate) -> str:
             f"{shards.num_images} of {len(shards.images)} images of {shards.path}"
             + (f", {skipped} boxes of other images left out" if skipped else "")
         )
-    suppression = {
-        "hard": f"OKS-NMS {options.nms_threshold:g}",
-        "soft": f"soft OKS-NMS {options.nms_threshold:g}",
-        "none": "no NMS",
-    }[options.nms]
-    scales = "" if options.scales == (1.0,) else f", scales {' '.join(f'{scale:g}' for scale in options.scales)}"
-    default, changed = Evaluate(), ""
+    default, protocol = Evaluate(), [f"flip test {'on' if options.flip_test else 'off'}"]
+    if options.scales != default.scales:
+        protocol.append(f"scales {' '.join(f'{scale:g}' for scale in options.scales)}")
     if options.flip_test and options.flip_shift != default.flip_shift:
-        changed += ", mirrored heatmaps not shifted"
+        protocol.append("mirrored heatmaps not shifted")
     if options.stages != default.stages:
-        changed += f", {options.stages} of the stages"
+        protocol.append(f"{options.stages} of the stages")
     if options.refine is not None:
-        changed += f", refinement {options.refine}"
+        protocol.append(f"refinement {options.refine}")
     if options.keypoint_threshold != default.keypoint_threshold:
-        changed += f", keypoints score from {options.keypoint_threshold:g}"
-    flip = f"flip test {'on' if options.flip_test else 'off'}"
-    return f"{people}; {flip}{scales}{changed}, {suppression}{shards.skeleton.sigma_note}"
+        protocol.append(f"keypoints score from {options.keypoint_threshold:g}")
+    suppression = {"hard": "OKS-NMS", "soft": "soft OKS-NMS", "none": "no NMS"}[options.nms]
+    protocol.append(suppression if options.nms == "none" else f"{suppression} {options.nms_threshold:g}")
+    return f"{people}; {', '.join(protocol)}{shards.skeleton.sigma_note}"
 
 
 def show_scores(title: str, scores: Sequence[Score]) -> None:
@@ -100,7 +97,11 @@ def show_scores(title: str, scores: Sequence[Score]) -> None:
     stdout.print(table)
     for score in scores:
         if "people_per_image" in score.metrics:  # absent from runs of older versions
-            stdout.print(f"{score.name}: {_describe_people(score.metrics)}", soft_wrap=True, markup=False)
+            line = (
+                "{}: {people_per_image_before_nms:.2f} people per image with boxes before NMS, "
+                "{people_per_image:.2f} after; scores {score_min:.3f} to {score_max:.3f}"
+            )
+            stdout.print(line.format(score.name, **score.metrics), soft_wrap=True, markup=False)
 
 
 def _columns(metrics: dict[str, float]) -> list[tuple[str, str, int]]:
@@ -109,10 +110,3 @@ def _columns(metrics: dict[str, float]) -> list[tuple[str, str, int]]:
         groups = [(group if len(group) < 6 else f"{group[:3]}.", f"PCKh_{group}@0.5", 2) for group in MPII_GROUPS]
         return groups + [("\n".join(name.split()), name, 2) for name in MPII_THRESHOLDS]
     return [(name, name, 3) for name in COLUMNS] + [(name, name, 1) for name in metrics if name.startswith("PCK")]
-
-
-def _describe_people(metrics: dict[str, float]) -> str:
-    return (
-        f"{metrics['people_per_image_before_nms']:.2f} people per image with boxes before NMS, "
-        f"{metrics['people_per_image']:.2f} after; scores {metrics['score_min']:.3f} to {metrics['score_max']:.3f}"
-    )

@@ -11,9 +11,8 @@ import yaml
 from fpd_accel.config.loading import check_recipe
 from fpd_accel.config.schema import Recipe
 from fpd_accel.errors import ConfigError
-from fpd_accel.import_config.notes import InitialWeights, has_labels
-from fpd_accel.import_config.text import Line, write_text
-from fpd_accel.import_config.yacs import EXTRA, Experiment, read_yaml, show
+from fpd_accel.import_config.text import Line, has_labels, initial_weights, write_text
+from fpd_accel.import_config.yacs import EXTRA, Experiment, plain, read_yaml, show
 from fpd_accel.models.names import MODELS
 
 KEYPOINTS = {"coco": 17, "mpii": 16}  # by dataset of the original
@@ -48,12 +47,12 @@ def import_config(
         teacher_experiment.merge(trees[1], str(teacher))
 
     lines = _convert(experiment, teacher_experiment)
-    files = (str(student), None if teacher is None else str(teacher))
-    text = write_text(lines, experiment, teacher_experiment, files=files, overrides=overrides)
+    made_from = [["--cfg", str(student)], [] if teacher is None else ["--tcfg", str(teacher)], overrides]
+    text = write_text(lines, experiment, teacher_experiment, made_from)
     recipe = _check(text, lines)
     mistakes = dict.fromkeys(experiment.mistakes + (teacher_experiment.mistakes if teacher_experiment else []))
     if mistakes or recipe is None:
-        raise ConfigError("\n".join([f"{student}: cannot be converted to a recipe", *(f"  {m}" for m in mistakes)]))
+        raise ConfigError("\n  ".join([f"{student}: cannot be converted to a recipe", *mistakes]))
     return recipe, text
 
 
@@ -108,18 +107,11 @@ def _architecture(experiment: Experiment) -> str | None:
     family = experiment["MODEL.NAME"]
     if "MODEL.NAME" in experiment.wrong:
         return None
-    match family:
-        case "pose_hrnet":
-            name = _hrnet(experiment)
-        case "pose_resnet":
-            name = _pose_resnet(experiment)
-        case "hourglass":
-            name = _hourglass(experiment)
-        case _:
-            near = get_close_matches(family.lower(), EXTRA, n=1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            experiment.refuse("MODEL.NAME", f"{show(family)} is not supported; {meant}choices: {', '.join(EXTRA)}")
-            return None
+    if family not in EXTRA:
+        meant = "".join(f"did you mean {near!r}? " for near in get_close_matches(family.lower(), EXTRA, n=1))
+        experiment.refuse("MODEL.NAME", f"{show(family)} is not supported; {meant}choices: {', '.join(EXTRA)}")
+        return None
+    name = {"pose_hrnet": _hrnet, "pose_resnet": _pose_resnet, "hourglass": _hourglass}[family](experiment)
     read = {"MODEL.NAME2", *(f"MODEL.EXTRA.{key}" for key in EXTRA[family])}
     if read.isdisjoint(experiment.wrong):
         return name
@@ -128,12 +120,12 @@ def _architecture(experiment: Experiment) -> str | None:
 
 
 def _hrnet(experiment: Experiment) -> str:
-    channels = experiment.extra("STAGE2.NUM_CHANNELS")
-    width = next((width for width in HRNET_WIDTHS if channels and width == channels[0]), None)
+    channels = experiment["MODEL.EXTRA.STAGE2.NUM_CHANNELS"]
+    width = channels[0] if channels and channels[0] in HRNET_WIDTHS else None
     if channels is not None and width is None:
         widths = ", ".join(map(str, HRNET_WIDTHS))
         problem = f"{show(channels)} is not supported; the first must be one of {widths}"
-        experiment.refuse_extra("STAGE2.NUM_CHANNELS", problem)
+        experiment.refuse("MODEL.EXTRA.STAGE2.NUM_CHANNELS", problem)
     wanted: dict[str, Any] = {"FINAL_CONV_KERNEL": 1}
     for stage, (branches, modules) in HRNET_STAGES.items():
         wanted |= {
@@ -145,40 +137,36 @@ def _hrnet(experiment: Experiment) -> str:
         }
         if width is not None:
             wanted[f"STAGE{stage}.NUM_CHANNELS"] = [width * 2**branch for branch in range(branches)]
-    if channels is None:
-        wanted["STAGE2.NUM_CHANNELS"] = None
+    wanted.setdefault("STAGE2.NUM_CHANNELS", channels)
     _compare(experiment, wanted, f"the HRNet of width {width}" if width else "every HRNet")
     return f"hrnet_w{width}"
 
 
 def _pose_resnet(experiment: Experiment) -> str:
-    depth = experiment.extra("NUM_LAYERS")
-    wanted: dict[str, Any] = {
+    depth = experiment["MODEL.EXTRA.NUM_LAYERS"]
+    if depth is not None and depth not in RESNET_DEPTHS:
+        depths = ", ".join(map(str, RESNET_DEPTHS))
+        experiment.refuse("MODEL.EXTRA.NUM_LAYERS", f"{depth} is not supported; choices: {depths}")
+    wanted = {
         "FINAL_CONV_KERNEL": 1,
         "DECONV_WITH_BIAS": False,
         "NUM_DECONV_LAYERS": 3,
         "NUM_DECONV_FILTERS": [256] * 3,
         "NUM_DECONV_KERNELS": [4] * 3,
+        "NUM_LAYERS": depth,
     }
-    if depth is None:
-        wanted["NUM_LAYERS"] = None
-    elif depth not in RESNET_DEPTHS:
-        depths = ", ".join(map(str, RESNET_DEPTHS))
-        experiment.refuse_extra("NUM_LAYERS", f"{depth} is not supported; choices: {depths}")
     _compare(experiment, wanted, "the published PoseResNets")
     return f"pose_resnet_{depth}"
 
 
 def _hourglass(experiment: Experiment) -> str:
-    stacks, features = experiment.extra("NUM_STACKS"), experiment.extra("NUM_FEATURES")
+    stacks, features = experiment["MODEL.EXTRA.NUM_STACKS"], experiment["MODEL.EXTRA.NUM_FEATURES"]
     if stacks is not None and stacks < 1:
-        experiment.refuse_extra("NUM_STACKS", f"{stacks} is not supported; at least 1")
+        experiment.refuse("MODEL.EXTRA.NUM_STACKS", f"{stacks} is not supported; at least 1")
     if features is not None and (features < 8 or features % 4):
-        experiment.refuse_extra("NUM_FEATURES", f"{features} is not supported; a multiple of 4, at least 8")
-    if experiment["MODEL.NAME2"] != "hourglass":
-        experiment.refuse(
-            "MODEL.NAME2", f"{show(experiment['MODEL.NAME2'])} is not supported; the published networks are 'hourglass'"
-        )
+        experiment.refuse("MODEL.EXTRA.NUM_FEATURES", f"{features} is not supported; a multiple of 4, at least 8")
+    if (name := experiment["MODEL.NAME2"]) != "hourglass":
+        experiment.refuse("MODEL.NAME2", f"{show(name)} is not supported; the published networks are 'hourglass'")
     wanted = {"NUM_STACKS": stacks, "NUM_FEATURES": features, "NUM_BLOCKS": 1}
     _compare(experiment, wanted, "the published Hourglass networks")
     return f"hourglass_{stacks}x{features}"
@@ -187,11 +175,11 @@ def _hourglass(experiment: Experiment) -> str:
 def _compare(experiment: Experiment, wanted: dict[str, Any], network: str) -> None:
     """Refuse the values of `MODEL.EXTRA` that are missing, or not those of the published network."""
     for name, value in wanted.items():
-        given = experiment.extra(name)
-        if given is None:
-            experiment.refuse_extra(name, f"missing; MODEL.NAME {experiment['MODEL.NAME']} needs it")
-        elif given != value:
-            experiment.refuse_extra(name, f"{show(given)} is not supported; {network} has {show(value)}")
+        key = f"MODEL.EXTRA.{name}"
+        if experiment[key] is None:
+            experiment.refuse(key, f"missing; MODEL.NAME {experiment['MODEL.NAME']} needs it")
+        elif experiment[key] != value:
+            experiment.refuse(key, f"{show(experiment[key])} is not supported; {network} has {show(value)}")
 
 
 def _distils(experiment: Experiment, teacher_experiment: Experiment | None) -> bool:
@@ -217,39 +205,24 @@ def _refuse_unsupported(experiment: Experiment, teacher_experiment: Experiment |
         experiment.refuse("DATASET.DATASET", f"{show(dataset)} is not supported; choices: {', '.join(KEYPOINTS)}")
     for settings in filter(None, (experiment, teacher_experiment)):
         if settings["MODEL.NUM_JOINTS"] != KEYPOINTS.get(dataset) and dataset in KEYPOINTS:
-            problem = (
-                f"{settings['MODEL.NUM_JOINTS']}, but DATASET.DATASET {dataset} has {KEYPOINTS[dataset]} keypoints"
-            )
-            settings.refuse("MODEL.NUM_JOINTS", problem)
+            wanted = f"DATASET.DATASET {dataset} has {KEYPOINTS[dataset]} keypoints"
+            settings.refuse("MODEL.NUM_JOINTS", f"{settings['MODEL.NUM_JOINTS']}, but {wanted}")
         if not settings["LOSS.USE_TARGET_WEIGHT"]:
             settings.refuse("LOSS.USE_TARGET_WEIGHT", "false is not supported: only labelled keypoints count here")
-    target = experiment["MODEL.TARGET_TYPE"]
-    unsupported = {
-        "MODEL.TARGET_TYPE": (target != "gaussian", f"{show(target)} is not supported: targets are 'gaussian' here"),
-        "LOSS.USE_DIFFERENT_JOINTS_WEIGHT": (
-            experiment["LOSS.USE_DIFFERENT_JOINTS_WEIGHT"] and dataset == "coco",
-            "true is not supported: all keypoints weigh the same here",
-        ),
-        "DATASET.SELECT_DATA": (
-            experiment["DATASET.SELECT_DATA"],
-            "true is not supported: every person with a labelled keypoint is a training sample here",
-        ),
-        "TRAIN.SHUFFLE": (
-            not experiment["TRAIN.SHUFFLE"],
-            "false is not supported: every epoch is a new permutation here",
-        ),
-        "TRAIN.NESTEROV": (
-            experiment["TRAIN.NESTEROV"] and experiment["TRAIN.OPTIMIZER"] == "sgd",
-            "true is not supported: SGD has plain momentum here",
-        ),
-        "TEST.COCO_BBOX_FILE": (
-            dataset == "coco" and not experiment["TEST.USE_GT_BBOX"] and not experiment["TEST.COCO_BBOX_FILE"],
-            "missing; TEST.USE_GT_BBOX false needs a detector's boxes, or set it to true",
-        ),
-    }
-    for key, (applies, problem) in unsupported.items():
-        if applies:
-            experiment.refuse(key, problem)
+    if (target := experiment["MODEL.TARGET_TYPE"]) != "gaussian":
+        experiment.refuse("MODEL.TARGET_TYPE", f"{show(target)} is not supported: targets are 'gaussian' here")
+    unsupported = (
+        ("LOSS.USE_DIFFERENT_JOINTS_WEIGHT", True, dataset == "coco", "all keypoints weigh the same here"),
+        ("DATASET.SELECT_DATA", True, True, "every person with a labelled keypoint is a training sample here"),
+        ("TRAIN.SHUFFLE", False, True, "every epoch is a new permutation here"),
+        ("TRAIN.NESTEROV", True, experiment["TRAIN.OPTIMIZER"] == "sgd", "SGD has plain momentum here"),
+    )
+    for key, value, is_read, reason in unsupported:
+        if is_read and experiment[key] is value:
+            experiment.refuse(key, f"{plain(value)} is not supported: {reason}")
+    if dataset == "coco" and not experiment["TEST.USE_GT_BBOX"] and not experiment["TEST.COCO_BBOX_FILE"]:
+        problem = "missing; TEST.USE_GT_BBOX false needs a detector's boxes, or set it to true"
+        experiment.refuse("TEST.COCO_BBOX_FILE", problem)
 
 
 def _data(experiment: Experiment) -> list[Line]:
@@ -294,22 +267,20 @@ def _input_size(experiment: Experiment) -> list[int]:
 
 
 def _student(experiment: Experiment, arch: str | None) -> list[Line]:
-    initial = InitialWeights.from_experiment(experiment)
-    lines = [
+    checkpoint, imagenet = initial_weights(experiment)
+    return [
         Line("student.arch", arch, experiment, "MODEL.NAME", "and MODEL.EXTRA"),
-        Line("student.weights", initial.checkpoint or None, experiment, "TRAIN.CHECKPOINT"),
+        Line("student.weights", checkpoint or None, experiment, "TRAIN.CHECKPOINT"),
+        *([Line("student.init", imagenet, experiment, "MODEL.PRETRAINED")] if imagenet else []),
+        Line("student.color", _color(experiment), experiment, "DATASET.COLOR_RGB"),
     ]
-    if initial.imagenet:
-        lines.append(Line("student.init", initial.imagenet, experiment, "MODEL.PRETRAINED"))
-    return [*lines, Line("student.color", _color(experiment), experiment, "DATASET.COLOR_RGB")]
 
 
 def _teacher(experiment: Experiment, teacher_experiment: Experiment, arch: str | None) -> list[Line]:
-    note = "and MODEL.EXTRA of --tcfg"
-    color, same = _color(teacher_experiment), _color(teacher_experiment) == _color(experiment)
-    mixed = "" if same else f"of --tcfg; the original fed it {_color(experiment)}, the student's"
+    color, own = _color(teacher_experiment), _color(experiment)
+    mixed = "" if color == own else f"of --tcfg; the original fed it {own}, the student's"
     return [
-        Line("teacher.arch", arch, teacher_experiment, "MODEL.NAME", note),
+        Line("teacher.arch", arch, teacher_experiment, "MODEL.NAME", "and MODEL.EXTRA of --tcfg"),
         Line("teacher.weights", experiment["KD.TEACHER"], experiment, "KD.TEACHER"),
         Line("teacher.color", color, teacher_experiment, "DATASET.COLOR_RGB", mixed),
     ]
@@ -340,22 +311,17 @@ def _train(experiment: Experiment) -> list[Line]:
 def _optim(experiment: Experiment) -> list[Line]:
     name, milestones = experiment["TRAIN.OPTIMIZER"], experiment["TRAIN.LR_STEP"]
     if name not in ("adam", "sgd"):
-        problem = f"{show(name)} is not a choice, there or here; choices: adam, sgd"
-        experiment.refuse("TRAIN.OPTIMIZER", problem)
-    schedule = "step" if milestones else "constant"
-    lines = [
+        experiment.refuse("TRAIN.OPTIMIZER", f"{show(name)} is not a choice, there or here; choices: adam, sgd")
+    note = "there of every parameter, here of kernels alone"
+    sgd = [
+        Line("optim.weight_decay", experiment["TRAIN.WD"], experiment, "TRAIN.WD", note),
+        Line("optim.momentum", experiment["TRAIN.MOMENTUM"], experiment, "TRAIN.MOMENTUM"),
+    ]
+    return [
         Line("optim.name", name, experiment, "TRAIN.OPTIMIZER"),
         Line("optim.lr", experiment["TRAIN.LR"], experiment, "TRAIN.LR"),
-    ]
-    if name == "sgd":
-        note = "there of every parameter, here of kernels alone"
-        lines += [
-            Line("optim.weight_decay", experiment["TRAIN.WD"], experiment, "TRAIN.WD", note),
-            Line("optim.momentum", experiment["TRAIN.MOMENTUM"], experiment, "TRAIN.MOMENTUM"),
-        ]
-    return [
-        *lines,
-        Line("optim.schedule", schedule, experiment, "TRAIN.LR_STEP"),
+        *(sgd if name == "sgd" else []),
+        Line("optim.schedule", "step" if milestones else "constant", experiment, "TRAIN.LR_STEP"),
         Line("optim.milestones", milestones, experiment, "TRAIN.LR_STEP", "epochs"),
         Line("optim.gamma", experiment["TRAIN.LR_FACTOR"], experiment, "TRAIN.LR_FACTOR"),
     ]

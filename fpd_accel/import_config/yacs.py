@@ -54,23 +54,14 @@ DEFAULTS: dict[str, Any] = _flatten(
 )
 """Every key that has a default, whose type is the type that a value must have."""
 
-_STAGE = {"NUM_MODULES": 1, "NUM_BRANCHES": 2, "NUM_BLOCKS": [4], "NUM_CHANNELS": [32], "BLOCK": "", "FUSE_METHOD": ""}
-EXTRA: dict[str, dict[str, Any]] = {
-    "pose_hrnet": {
-        "PRETRAINED_LAYERS": [""],
-        "FINAL_CONV_KERNEL": 1,
-        **_flatten({f"STAGE{stage}": _STAGE for stage in (2, 3, 4)}),
-    },
-    "pose_resnet": {
-        "NUM_LAYERS": 50,
-        "FINAL_CONV_KERNEL": 1,
-        "DECONV_WITH_BIAS": False,
-        "NUM_DECONV_LAYERS": 3,
-        "NUM_DECONV_FILTERS": [256],
-        "NUM_DECONV_KERNELS": [4],
-    },
-    "hourglass": {"NUM_FEATURES": 256, "NUM_STACKS": 8, "NUM_BLOCKS": 1},
-}
+_EXTRA = yaml.safe_load("""
+    pose_hrnet: {PRETRAINED_LAYERS: [''], FINAL_CONV_KERNEL: 1, STAGE2: &stage {NUM_MODULES: 1, NUM_BRANCHES: 2,
+      NUM_BLOCKS: [4], NUM_CHANNELS: [32], BLOCK: '', FUSE_METHOD: ''}, STAGE3: *stage, STAGE4: *stage}
+    pose_resnet: {NUM_LAYERS: 50, FINAL_CONV_KERNEL: 1, DECONV_WITH_BIAS: false, NUM_DECONV_LAYERS: 3,
+      NUM_DECONV_FILTERS: [256], NUM_DECONV_KERNELS: [4]}
+    hourglass: {NUM_FEATURES: 256, NUM_STACKS: 8, NUM_BLOCKS: 1}
+    """)
+EXTRA: dict[str, dict[str, Any]] = {family: _flatten(keys) for family, keys in _EXTRA.items()}
 """Keys under `MODEL.EXTRA` that each network reads, with a value of the right type. They have no defaults."""
 
 EXAMPLES = DEFAULTS | {f"MODEL.EXTRA.{name}": value for keys in EXTRA.values() for name, value in keys.items()}
@@ -87,15 +78,8 @@ class Experiment:
     wrong: set[str] = field(default_factory=set)  # keys with a mistake, so that its consequences are not reported too
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[key]
-
-    def extra(self, name: str) -> Any:
-        """Return the value of `MODEL.EXTRA.<name>`, or None if it is not given."""
-        return self.values.get(f"MODEL.EXTRA.{name}")
-
-    def refuse_extra(self, name: str, problem: str) -> None:
-        """Record a mistake in the value of `MODEL.EXTRA.<name>`."""
-        self.refuse(f"MODEL.EXTRA.{name}", problem)
+        """Return the value of a key, None for one under `MODEL.EXTRA` that is not given."""
+        return self.values.get(key) if key.startswith("MODEL.EXTRA.") else self.values[key]
 
     def refuse(self, key: str, problem: str) -> None:
         """Record a mistake in the value of a key; only the first of each key counts."""
@@ -174,13 +158,9 @@ def show(value: Any) -> str:
 
 def plain(value: Any) -> str:
     """Return a value for a comment: as it is written in an experiment file or an override."""
-    match value:
-        case bool():
-            return str(value).lower()
-        case list():
-            return ",".join(map(plain, value)) if value else "()"
-        case _:
-            return one_line(str(value)) or "''"
+    if isinstance(value, list):
+        return ",".join(map(plain, value)) or "()"
+    return str(value).lower() if isinstance(value, bool) else one_line(str(value)) or "''"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -216,15 +196,10 @@ def _decode(text: str) -> Any:
 
 def _fit(value: Any, example: Any) -> Any:
     """Return the value in the type of the example. As in yacs, a number is not a boolean and a tuple is a list."""
-    if isinstance(example, str):
-        decoded = _decode(value) if isinstance(value, str) else "" if value is None else value
-        if isinstance(decoded, str):
-            return decoded
-        if isinstance(value, str):
-            return value  # text that looks like a number, such as a file name
-        raise ValueError(f"wanted text, not {show(value)}")
-    value = _decode(value) if isinstance(value, str) else value
+    given, value = value, _decode(value) if isinstance(value, str) else value
     match example:
+        case str() if isinstance(given, str | None):
+            return value if isinstance(value, str) else given or ""  # a file name may look like a number
         case bool() if isinstance(value, bool):
             return value
         case int() if type(value) is int and type(example) is int and abs(value) < LARGEST:
@@ -232,13 +207,9 @@ def _fit(value: Any, example: Any) -> Any:
         case float() if type(value) is float or (type(value) is int and abs(value) < LARGEST):
             return float(value)
         case list() if isinstance(value, list | tuple):
-            return [_fit_item(item, example[0], value) for item in value]
-    kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(example))
+            try:
+                return [_fit(item, example[0]) for item in value]
+            except ValueError as error:
+                raise ValueError(f"{error} in {show(value)}") from None
+    kind = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}.get(type(example))
     raise ValueError(f"wanted {kind or 'a list, such as 192,256 (of one: 192,)'}, not {show(value)}")
-
-
-def _fit_item(item: Any, example: Any, whole: Any) -> Any:
-    try:
-        return _fit(item, example)
-    except ValueError as error:
-        raise ValueError(f"{error} in {show(whole)}") from None

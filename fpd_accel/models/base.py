@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from fpd_accel.errors import ModelError
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, SimCC
 
+Images = Float[Tensor, "batch 3 height width"]
+Heatmaps = tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]  # of each stage
+
 
 class PoseModel(nn.Module):
     """A network from normalised images to one heatmap per keypoint at a quarter of the input size.
@@ -16,15 +19,9 @@ class PoseModel(nn.Module):
     returns a tuple of one, so that losses and decoders have a single case.
     """
 
-    stride: ClassVar[int] = STRIDE
-    """Input pixels per heatmap pixel."""
-    input_multiple: ClassVar[int]
-    """Height and width of the input must be multiples of this, in pixels."""
-    units: ClassVar[tuple[str, ...]] = ()
-    """Class names of the repeated blocks, which FSDP2 shards and torch.compile compiles one by one."""
-    num_keypoints: int
-    num_stages: int = 1
-    """Length of the tuple that `forward` returns."""
+    stride: ClassVar[int] = STRIDE  # input pixels per heatmap pixel
+    input_multiple: ClassVar[int]  # height and width of the input must be multiples of this, in pixels
+    units: ClassVar[tuple[str, ...]] = ()  # classes of the blocks that FSDP2 and torch.compile take one by one
 
     def __init__(self, num_keypoints: int) -> None:
         """Raise ModelError unless there is at least one keypoint to predict."""
@@ -38,17 +35,16 @@ class PoseModel(nn.Module):
         names = {name for module in self.modules() if isinstance(module, PoseModel) for name in module.units}
         return [module for module in self.modules() if type(module).__name__ in names]
 
-    def check_input(self, images: Float[Tensor, "batch 3 height width"]) -> None:
+    def check_input(self, images: Images) -> None:
         """Raise ModelError unless height and width are multiples of `input_multiple`."""
         height, width = images.shape[-2:]
-        multiple = self.input_multiple
-        if height < multiple or width < multiple or height % multiple or width % multiple:
+        if any(side < self.input_multiple or side % self.input_multiple for side in (height, width)):
             raise ModelError(
-                f"{type(self).__name__} takes images whose height and width are multiples of {multiple}, "
+                f"{type(self).__name__} takes images whose height and width are multiples of {self.input_multiple}, "
                 f"not {height} x {width} (height x width)"
             )
 
-    def check_size(self, images: Float[Tensor, "batch 3 height width"], size: tuple[int, int]) -> None:
+    def check_size(self, images: Images, size: tuple[int, int]) -> None:
         """Raise ModelError unless the images have the (height, width) that the network was built for."""
         if tuple(images.shape[-2:]) != size:
             raise ModelError(
@@ -60,9 +56,7 @@ class PoseModel(nn.Module):
 class SimCCModel(PoseModel):
     """A pose network under a SimCC head, for images of one size; returns one stage, the logits.
 
-    Args:
-        network: Computes one map per keypoint at a quarter of the input size; its last stage is used.
-        input_size: (height, width) of the images, pixels.
+    The head reads the last stage of `network`; `input_size` is (height, width) in pixels.
     """
 
     input_multiple: ClassVar[int] = 1  # the network inside checks the size
@@ -75,7 +69,7 @@ class SimCCModel(PoseModel):
         self.mlp_head_x = nn.Linear(cells, BINS_PER_PIXEL * width)
         self.mlp_head_y = nn.Linear(cells, BINS_PER_PIXEL * height)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[SimCC, ...]:
+    def forward(self, images: Images) -> tuple[SimCC, ...]:
         """Return the logits along both axes; raise ModelError unless the images have size `input_size`."""
         self.check_size(images, self.input_size)
         maps = self.network(images)[-1].flatten(2)
@@ -90,17 +84,34 @@ def convolution(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) 
     ]
 
 
+def deconvolutions(inputs: int, outputs: int, *, layers: int) -> nn.Sequential:
+    """Return bias-free transposed 4x4 convolutions with normalisation and ReLU; each doubles the size."""
+    modules: list[nn.Module] = []
+    for channels in [inputs] + [outputs] * (layers - 1):
+        modules += [
+            nn.ConvTranspose2d(channels, outputs, kernel_size=4, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*modules)
+
+
+def initialise(*parts: nn.Module) -> None:
+    """Draw convolutions from N(0, 0.001) with zero bias, as the published trainers do; normalisations keep 1 and 0."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, std=0.001)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
 def check_outputs(
     outputs: object, *, arch: str, num_keypoints: int, input_size: tuple[int, int], batch: int | None = None
 ) -> None:
-    """Check that a network returned a tuple of stages, each of heatmaps or SimCC logits of the right shape.
+    """Check that `forward` returned a tuple of stages, each of heatmaps or SimCC logits of the right shape.
 
-    Args:
-        outputs: What `forward` returned.
-        arch: Name of the network, for the message.
-        num_keypoints: Keypoints of the skeleton.
-        input_size: (height, width) of the images, pixels.
-        batch: Number of images; None accepts any.
+    The images have (height, width) `input_size`, in pixels; `batch` is their number, of which None accepts any.
 
     Raises:
         ModelError: The outputs are not a tuple, there are none, or a shape is wrong.

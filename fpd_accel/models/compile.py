@@ -42,11 +42,6 @@ def compile_options(*, cuda_graphs: bool) -> dict[str, Any]:
 
 
 def eagerly(compiled: bool) -> AbstractContextManager[object]:
-    """Return a context that runs networks without their compiled graphs, which stay for later, and compiles none.
-
-    Args:
-        compiled: Whether any network is compiled. If not, the compiler, which takes a second to import, is not needed.
-    """
-    if not compiled:
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    """Return a context that runs networks without their compiled graphs, which stay for later, and compiles none."""
+    # The compiler takes a second to import, so it is left alone if no network is compiled.
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -100,13 +100,10 @@ def probe_model(
     input_size: tuple[int, int] = DEFAULT_INPUT_SIZE,
     arguments: Mapping[str, Any] | None = None,
 ) -> Probe:
-    """Build a network without memory for its weights, and check its outputs for a batch of images.
+    """Build a network in evaluation mode without memory for its weights, and check its outputs for a batch of images.
 
     The network is built on the meta device. A network of the user's own that needs numbers there, as one that calls
     `Tensor.item` does, is built on the CPU. PyTorch's random state stays as it is.
-
-    Returns:
-        The network in evaluation mode, and its outputs, on the meta device or the CPU.
 
     Raises:
         ModelError: The network cannot be built, cannot take images of this (height, width), or returns something other

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpd_accel.errors import ModelError
-from fpd_accel.models.base import PoseModel
+from fpd_accel.models.base import Heatmaps, Images, PoseModel
 
 DEPTH = 4
 EXPANSION = 2
@@ -77,13 +76,8 @@ class StackedHourglass(PoseModel):
     units: ClassVar[tuple[str, ...]] = ("Hourglass",)
 
     def __init__(self, num_keypoints: int, *, stacks: int, features: int) -> None:
-        """Raise ModelError unless there is a stack and `features`, which the stem quarters, is a multiple of 4."""
+        """Take a multiple of 4, at least 8, as `features`; the stem quarters it."""
         super().__init__(num_keypoints)
-        if stacks < 1:
-            raise ModelError(f"an hourglass network needs at least 1 stack, not {stacks}")
-        if features < 8 or features % 4:
-            raise ModelError(f"the features of an hourglass must be a multiple of 4 and at least 8, not {features}")
-        self.num_stages = stacks
         planes = features // EXPANSION
         self.conv1 = nn.Conv2d(3, features // 4, kernel_size=7, stride=2, padding=3)
         self.bn1 = nn.BatchNorm2d(features // 4)
@@ -102,9 +96,7 @@ class StackedHourglass(PoseModel):
         self.fc_ = nn.ModuleList(nn.Conv2d(features, features, 1) for _ in range(stacks - 1))
         self.score_ = nn.ModuleList(nn.Conv2d(num_keypoints, features, 1) for _ in range(stacks - 1))
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+    def forward(self, images: Images) -> Heatmaps:
         """Return each stack's heatmaps at a quarter of the input size; raise ModelError unless 64 divides that size."""
         self.check_input(images)
         feature = self.layer1(self.relu(self.bn1(self.conv1(images))))

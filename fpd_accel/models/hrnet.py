@@ -10,12 +10,11 @@ from functools import reduce
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fpd_accel.models.base import PoseModel, convolution
+from fpd_accel.models.base import Heatmaps, Images, PoseModel, convolution, initialise
 
 BLOCKS_PER_BRANCH = 4
 STEM_CHANNELS = 64
@@ -120,11 +119,9 @@ class HRNet(PoseModel):
         # The head uses the finest branch alone, so the last module computes no other.
         self.stage4 = stage(channels, modules=3, last_outputs=1)
         self.final_layer = nn.Conv2d(width, num_keypoints, kernel_size=1)
-        self.apply(initialise)
+        initialise(self)
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+    def forward(self, images: Images) -> Heatmaps:
         """Return the heatmaps at a quarter of the input size; raise ModelError unless 32 divides the input size."""
         self.check_input(images)
         feature = self.relu(self.bn1(self.conv1(images)))
@@ -139,11 +136,3 @@ class HRNet(PoseModel):
             sources = [*features, features[-1]]
             features = stage_modules([path(source) for path, source in zip(paths, sources, strict=True)])
         return (self.final_layer(features[0]),)
-
-
-def initialise(module: nn.Module) -> None:
-    """Draw convolutions from N(0, 0.001) with zero bias, as the published trainer does; normalisations keep 1 and 0."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, std=0.001)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-SIMCC_SUFFIX = "_simcc"
-"""Ending of the name of a network with a SimCC head."""
-DEFAULT_INPUT_SIZE = (256, 192)
-"""(height, width) in pixels of most published COCO networks."""
+SIMCC_SUFFIX = "_simcc"  # ends the name of a network with a SimCC head
+DEFAULT_INPUT_SIZE = (256, 192)  # (height, width) in pixels of most published COCO networks
 PUBLISHED_HOURGLASSES = ("hourglass_4x128", "hourglass_8x256")
-CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""The form of an architecture outside this package: `package.module:Class`."""
+CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:Class, an architecture outside this package
 HOURGLASS = re.compile(r"hourglass_([0-9]{1,3})x([0-9]{1,4})")
 
 

@@ -8,25 +8,11 @@ bring it back to 4.
 from typing import ClassVar
 
 import torchvision
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from fpd_accel.models.base import PoseModel
+from fpd_accel.models.base import Heatmaps, Images, PoseModel, deconvolutions, initialise
 
-DECONV_LAYERS = 3
 DECONV_CHANNELS = 256
-
-
-def deconvolutions(inputs: int) -> nn.Sequential:
-    """Return three bias-free transposed 4x4 convolutions with normalisation and ReLU; each doubles the size."""
-    layers: list[nn.Module] = []
-    for channels in [inputs] + [DECONV_CHANNELS] * (DECONV_LAYERS - 1):
-        layers += [
-            nn.ConvTranspose2d(channels, DECONV_CHANNELS, kernel_size=4, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(DECONV_CHANNELS),
-            nn.ReLU(inplace=True),
-        ]
-    return nn.Sequential(*layers)
 
 
 class PoseResNet(PoseModel):
@@ -45,17 +31,11 @@ class PoseResNet(PoseModel):
         self.conv1, self.bn1, self.relu, self.maxpool = backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool
         self.layer1, self.layer2, self.layer3 = backbone.layer1, backbone.layer2, backbone.layer3
         self.layer4 = backbone.layer4
-        self.deconv_layers = deconvolutions(backbone.fc.in_features)
+        self.deconv_layers = deconvolutions(backbone.fc.in_features, DECONV_CHANNELS, layers=3)
         self.final_layer = nn.Conv2d(DECONV_CHANNELS, num_keypoints, kernel_size=1)
-        for module in [*self.deconv_layers, self.final_layer]:
-            if isinstance(module, nn.ConvTranspose2d | nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.001)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialise(self.deconv_layers, self.final_layer)
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+    def forward(self, images: Images) -> Heatmaps:
         """Return the heatmaps at a quarter of the input size; raise ModelError unless 32 divides the input size."""
         self.check_input(images)
         feature = self.maxpool(self.relu(self.bn1(self.conv1(images))))

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fpd_accel.models.base import PoseModel, convolution
+from fpd_accel.models.base import Heatmaps, Images, PoseModel, convolution, initialise
 
 
 class ResidualBlock(nn.Module):
@@ -80,20 +80,12 @@ class TinyPose(PoseModel):
         self.up8 = Up(4 * width, 2 * width)
         self.up4 = Up(2 * width, width)
         self.head = nn.Conv2d(width, num_keypoints, kernel_size=1)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Draw He's initialisation; the head starts near zero, as nearly all of a heatmap is zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.head.weight, std=0.001)
+        initialise(self.head)  # near zero, as nearly all of a heatmap is
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+    def forward(self, images: Images) -> Heatmaps:
         """Return the heatmaps at a quarter of the input size; raise ModelError unless 16 divides the input size."""
         self.check_input(images)
         stride4 = self.stem(images)

@@ -11,6 +11,7 @@ Shapes, with `width` = D and N = height / 16 * width / 16 patches:
                  simple: ReLU, bilinear upsampling by 4, a 3x3 convolution
 """
 
+from collections import OrderedDict
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fpd_accel.errors import ModelError
-from fpd_accel.models.base import PoseModel
+from fpd_accel.models.base import Heatmaps, Images, PoseModel, deconvolutions, initialise
 
 PATCH = 16  # pixels
 PATCH_PADDING = 2  # pixels, as published: the first patch begins 2 pixels outside the image
@@ -39,18 +40,6 @@ class Size(NamedTuple):
 SIZES = {"s": Size(384, 12, 12), "b": Size(768, 12, 12), "l": Size(1024, 24, 16), "h": Size(1280, 32, 16)}
 
 
-class PatchEmbedding(nn.Module):
-    """The convolution that turns an image into one token per patch."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH, padding=PATCH_PADDING)
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patch channel"]:
-        """Return the tokens, row by row."""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class Attention(nn.Module):
     """Self-attention of all patches with each other."""
 
@@ -68,17 +57,10 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    """Two linear layers on each token, with a GELU between them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.fc2 = nn.Linear(MLP_RATIO * width, width)
-
-    def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
-        """Return the mapped tokens."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
+def mlp(width: int) -> nn.Sequential:
+    """Return the two linear layers on each token, with a GELU between them, by their published names."""
+    fc1, fc2 = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
 
 
 class Block(nn.Module):
@@ -87,7 +69,7 @@ class Block(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=EPSILON), Attention(width, heads=heads)
-        self.norm2, self.mlp = nn.LayerNorm(width, eps=EPSILON), MLP(width)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=EPSILON), mlp(width)
 
     def forward(self, tokens: Float[Tensor, "batch patch channel"]) -> Float[Tensor, "batch patch channel"]:
         """Return the tokens after both parts."""
@@ -102,53 +84,34 @@ class VisionTransformer(nn.Module):
         """Take the number of patches (down, across) as `grid`."""
         super().__init__()
         self.grid = grid
-        self.patch_embed = PatchEmbedding(size.width)
+        proj = nn.Conv2d(3, size.width, kernel_size=PATCH, stride=PATCH, padding=PATCH_PADDING)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         # One row more than patches: pre-training had a class token; its row is added to every patch.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], size.width))
         self.blocks = nn.ModuleList(Block(size.width, heads=size.heads) for _ in range(size.depth))
         self.last_norm = nn.LayerNorm(size.width, eps=EPSILON)
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch channel grid_height grid_width"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch channel grid_height grid_width"]:
         """Return the tokens after all blocks, on their grid."""
-        tokens = self.patch_embed(images) + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        tokens = tokens + self.pos_embed[:, 1:] + self.pos_embed[:, :1]
         for block in self.blocks:
             tokens = block(tokens)
         return self.last_norm(tokens).transpose(1, 2).unflatten(-1, self.grid)
 
 
-class ClassicHead(nn.Module):
-    """Two bias-free transposed 4x4 convolutions, which double the size each, then a 1x1 convolution."""
-
-    def __init__(self, inputs: int, num_keypoints: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for channels in (inputs, HEAD_CHANNELS):
-            layers += [
-                nn.ConvTranspose2d(channels, HEAD_CHANNELS, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(HEAD_CHANNELS),
-                nn.ReLU(inplace=True),
-            ]
-        self.deconv_layers = nn.Sequential(*layers)
-        self.final_layer = nn.Conv2d(HEAD_CHANNELS, num_keypoints, kernel_size=1)
-
-    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
-        """Return the heatmaps at stride 4."""
-        return self.final_layer(self.deconv_layers(features))
+def classic_head(inputs: int, num_keypoints: int) -> nn.Sequential:
+    """Return two transposed convolutions, which double the size each, and a 1x1 convolution."""
+    deconv_layers = deconvolutions(inputs, HEAD_CHANNELS, layers=2)
+    final_layer = nn.Conv2d(HEAD_CHANNELS, num_keypoints, kernel_size=1)
+    return nn.Sequential(OrderedDict(deconv_layers=deconv_layers, final_layer=final_layer))
 
 
-class SimpleHead(nn.Module):
-    """ReLU, bilinear upsampling by 4 and one 3x3 convolution."""
-
-    def __init__(self, inputs: int, num_keypoints: int) -> None:
-        super().__init__()
-        self.final_layer = nn.Conv2d(inputs, num_keypoints, kernel_size=3, padding=1)
-
-    def forward(self, features: Float[Tensor, "batch channel h w"]) -> Float[Tensor, "batch joint 4*h 4*w"]:
-        """Return the heatmaps at stride 4."""
-        enlarged = F.interpolate(F.relu(features), scale_factor=4, mode="bilinear", align_corners=False)
-        return self.final_layer(enlarged)
+def simple_head(inputs: int, num_keypoints: int) -> nn.Sequential:
+    """Return a ReLU, bilinear upsampling by 4 and one 3x3 convolution."""
+    upsample = nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False)
+    final_layer = nn.Conv2d(inputs, num_keypoints, kernel_size=3, padding=1)
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), upsample=upsample, final_layer=final_layer))
 
 
 class ViTPose(PoseModel):
@@ -168,34 +131,20 @@ class ViTPose(PoseModel):
         """Take `input_size` as (height, width) in pixels; raise ModelError unless 16 divides both."""
         super().__init__(num_keypoints)
         height, width = self.input_size = input_size
-        if height < PATCH or width < PATCH or height % PATCH or width % PATCH:
+        if any(side < PATCH or side % PATCH for side in input_size):
             raise ModelError(f"ViTPose takes input sizes of multiples of {PATCH}, not {height} x {width}")
         self.backbone = VisionTransformer(SIZES[size], grid=(height // PATCH, width // PATCH))
-        head_class = ClassicHead if head == "classic" else SimpleHead
-        self.keypoint_head = head_class(SIZES[size].width, num_keypoints)
-        self.apply(initialise)
+        build_head = classic_head if head == "classic" else simple_head
+        self.keypoint_head = build_head(SIZES[size].width, num_keypoints)
+        for module in self.backbone.modules():  # the patch convolution keeps PyTorch's initialisation
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        initialise(self.keypoint_head)
         nn.init.trunc_normal_(self.backbone.pos_embed, std=0.02)
 
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch joint heatmap_height heatmap_width"], ...]:
+    def forward(self, images: Images) -> Heatmaps:
         """Return the heatmaps at a quarter of the input size; raise ModelError for another than `input_size`."""
         self.check_input(images)
         self.check_size(images, self.input_size)
         return (self.keypoint_head(self.backbone(images)),)
-
-
-def initialise(module: nn.Module) -> None:
-    """Draw linear layers from a truncated N(0, 0.02) and the head from N(0, 0.001), with zero bias, as published.
-
-    Normalisations keep 1 and 0, and the patch convolution keeps PyTorch's initialisation.
-    """
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, ClassicHead | SimpleHead):
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.normal_(layer.weight, std=0.001)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)

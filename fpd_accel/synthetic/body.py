@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from fpd_accel.skeleton import COCO
 
 JOINTS = COCO.keypoints
+Vector = Float[np.ndarray, "3"]
+Matrix = Float[np.ndarray, "3 3"]
 
 # Joint -> direction from the middle of the head in its own axes (x: left, y: down, z: forward), and the z component
 # towards the viewer below which the head hides the joint. Noses and ears protrude, eyes lie in sockets.
@@ -117,8 +119,8 @@ class Figure:
     """A posed body."""
 
     body: Body
-    points: dict[str, Float[np.ndarray, "3"]]  # statures; the 17 joints and others, such as `left_toe`
-    head_axes: Float[np.ndarray, "3 3"]  # columns: from the middle of the head to its left, lowest and front points
+    points: dict[str, Vector]  # statures; the 17 joints and others, such as `left_toe`
+    head_axes: Matrix  # columns: from the middle of the head to its left, lowest and front points
     turned_away: Bool[np.ndarray, "17"]  # joints on the side away from the viewer
 
 
@@ -167,7 +169,7 @@ def _spread(rng: np.random.Generator, angles: Arm | Leg, degrees: float) -> list
     return [*spread[:-1], max(spread[-1], 0.0)]
 
 
-def rotation(axis: str, degrees: float) -> Float[np.ndarray, "3 3"]:
+def rotation(axis: str, degrees: float) -> Matrix:
     """Return the matrix of a rotation about "x", "y" or "z"."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     rows = {
@@ -195,31 +197,16 @@ def articulate(body: Body, pose: Pose) -> Figure:
         points |= _place_arm(side, sign, body, arm, chest, neck)
         points |= _place_leg(side, sign, body, leg, pelvis)
         points[f"{side}_waist"] = points["waist"] + chest @ (sign * 0.6 * body.shoulder, 0.0, 0.0)
-    turned_away = np.zeros(len(JOINTS), dtype=bool)
-    axes = head * head_semi_axes(body)
-    for name, (direction, edge) in FACE.items():
-        points[name] = points["head"] + axes @ direction
-        turned_away[JOINTS.index(name)] = (head @ direction)[2] < edge
+    axes = head * (np.array([0.375, 0.5, 0.44]) * body.head)  # half the width, height and depth
+    points |= {name: points["head"] + axes @ direction for name, (direction, _) in FACE.items()}
+    away = {name for name, (direction, edge) in FACE.items() if (head @ direction)[2] < edge}
     for joint, middle, half_width in (("shoulder", neck, body.shoulder), ("hip", points["hips"], body.hip)):
-        for side, _ in SIDES:
-            behind = points[f"{side}_{joint}"][2] - middle[2] < -0.85 * half_width
-            turned_away[JOINTS.index(f"{side}_{joint}")] = behind
-    return Figure(body, points, axes, turned_away)
+        names = (f"{side}_{joint}" for side, _ in SIDES)
+        away |= {name for name in names if points[name][2] - middle[2] < -0.85 * half_width}
+    return Figure(body, points, axes, np.array([name in away for name in JOINTS]))
 
 
-def head_semi_axes(body: Body) -> Float[np.ndarray, "3"]:
-    """Return half the width, height and depth of the head in statures."""
-    return np.array([0.375, 0.5, 0.44]) * body.head
-
-
-def _place_arm(
-    side: str,
-    sign: float,
-    body: Body,
-    arm: Arm,
-    chest: Float[np.ndarray, "3 3"],
-    neck: Float[np.ndarray, "3"],
-) -> dict[str, Float[np.ndarray, "3"]]:
+def _place_arm(side: str, sign: float, body: Body, arm: Arm, chest: Matrix, neck: Vector) -> dict[str, Vector]:
     # A raised arm lifts the shoulder.
     lift = 0.035 * max(0.0, math.sin(math.radians(min(max(arm.outward - 60, 0), 90))))
     shoulder = neck + chest @ (sign * body.shoulder, 0.012 - lift, 0.0)
@@ -231,9 +218,7 @@ def _place_arm(
     return {f"{side}_shoulder": shoulder, f"{side}_elbow": elbow, f"{side}_wrist": wrist, f"{side}_hand": hand}
 
 
-def _place_leg(
-    side: str, sign: float, body: Body, leg: Leg, pelvis: Float[np.ndarray, "3 3"]
-) -> dict[str, Float[np.ndarray, "3"]]:
+def _place_leg(side: str, sign: float, body: Body, leg: Leg, pelvis: Matrix) -> dict[str, Vector]:
     hip = pelvis @ (sign * body.hip, 0.0, 0.0)
     upper = pelvis @ rotation("z", -sign * leg.outward) @ rotation("x", leg.forward) @ rotation("y", sign * 8)
     lower = upper @ rotation("x", -leg.bend)

@@ -1,58 +1,34 @@
 """Dressed figures: shapes to paint and keypoints, for a posed body in random clothes."""
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from fpd_accel.synthetic.body import JOINTS, SIDES, Figure
-from fpd_accel.synthetic.rendering import PATTERNS, BodyPart, Cloth, Colour, Head, Shape
+from fpd_accel.synthetic.rendering import PATTERNS, BodyPart, Cloth, Colour, Head, Outfit, Shape
 
 HEAD, HAIR, TORSO = 1, 2, 3
-LEFT_UPPER_ARM, LEFT_FOREARM, LEFT_THIGH, LEFT_SHIN = 4, 5, 6, 7
-RIGHT_UPPER_ARM, RIGHT_FOREARM, RIGHT_THIGH, RIGHT_SHIN = 8, 9, 10, 11
+LIMBS = {"left": (4, 5, 6, 7), "right": (8, 9, 10, 11)}  # upper arm, forearm, thigh, shin
 REGIONS = 12  # number of region values of one person; 0 is unused
 
 # A joint is visible if its pixel shows one of these regions of the same person.
-REGIONS_AT = {
-    **dict.fromkeys(JOINTS[:5], (HEAD,)),
-    "left_shoulder": (TORSO, LEFT_UPPER_ARM),
-    "right_shoulder": (TORSO, RIGHT_UPPER_ARM),
-    "left_elbow": (LEFT_UPPER_ARM, LEFT_FOREARM),
-    "right_elbow": (RIGHT_UPPER_ARM, RIGHT_FOREARM),
-    "left_wrist": (LEFT_FOREARM,),
-    "right_wrist": (RIGHT_FOREARM,),
-    "left_hip": (TORSO, LEFT_THIGH),
-    "right_hip": (TORSO, RIGHT_THIGH),
-    "left_knee": (LEFT_THIGH, LEFT_SHIN),
-    "right_knee": (RIGHT_THIGH, RIGHT_SHIN),
-    "left_ankle": (LEFT_SHIN,),
-    "right_ankle": (RIGHT_SHIN,),
+REGIONS_AT = dict.fromkeys(JOINTS[:5], (HEAD,)) | {
+    f"{side}_{joint}": regions
+    for side, (upper_arm, forearm, thigh, shin) in LIMBS.items()
+    for joint, regions in {
+        "shoulder": (TORSO, upper_arm),
+        "elbow": (upper_arm, forearm),
+        "wrist": (forearm,),
+        "hip": (TORSO, thigh),
+        "knee": (thigh, shin),
+        "ankle": (shin,),
+    }.items()
 }
 _SKINS = np.array([(244, 208, 177), (226, 182, 143), (198, 146, 104), (152, 102, 66), (104, 68, 44), (70, 46, 34)])
 _HAIRS = np.array([(28, 22, 18), (60, 38, 22), (112, 74, 38), (196, 160, 96), (150, 64, 28), (160, 158, 154)])
 # Ends of nose and long hair, in half axes of the head (left, down, forward) from its middle.
 _ON_HEAD = {"bridge": (0.0, -0.05, 0.92), "crown": (0.0, -0.3, -0.35), "lock": (0.0, 1.25, -0.75)}
-
-
-class Outfit(NamedTuple):
-    """Skin, hair and clothes of a person.
-
-    `sleeve` and `leg` are lengths: up to 1 a share of upper arm or thigh, 2 down to wrist or ankle.
-    """
-
-    skin: Cloth
-    shirt: Cloth
-    trousers: Cloth
-    shoes: Cloth
-    hair: Colour
-    hairline: float
-    long_hair: bool
-    beard: bool
-    sleeve: float
-    leg: float
-    skirt: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +39,6 @@ class DrawnPerson:
     keypoints: Float[np.ndarray, "17 2"]  # (x, y), pixels
     turned_away: Bool[np.ndarray, "17"]  # joints on the side away from the viewer
     outfit: Outfit
-    stature: float  # pixels
 
 
 def random_colour(rng: np.random.Generator) -> Colour:
@@ -75,9 +50,8 @@ def random_colour(rng: np.random.Generator) -> Colour:
 def random_cloth(rng: np.random.Generator) -> Cloth:
     """Return a cloth: plain in three of four cases, otherwise with a pattern whose period is in statures."""
     pattern = "plain" if rng.random() < 0.75 else str(rng.choice(PATTERNS[1:]))
-    return Cloth(
-        pattern, random_colour(rng), random_colour(rng), float(rng.uniform(0.03, 0.11)), float(rng.uniform(0, 6))
-    )
+    colour, other = random_colour(rng), random_colour(rng)
+    return Cloth(pattern, colour, other, float(rng.uniform(0.03, 0.11)), float(rng.uniform(0, 6)))
 
 
 def plain(colour: Colour) -> Cloth:
@@ -109,11 +83,7 @@ def random_outfit(rng: np.random.Generator) -> Outfit:
 def dress(figure: Figure, outfit: Outfit, stature: float, origin: tuple[float, float]) -> DrawnPerson:
     """Return a dressed figure in an image.
 
-    Args:
-        figure: The posed body.
-        outfit: Its skin, hair and clothes.
-        stature: Height of the upright person in pixels.
-        origin: (x, y) of the point midway between the hips, in pixels.
+    `stature` is the height of the upright person, and `origin` (x, y) the point midway between the hips, in pixels.
     """
     keypoints = np.stack([figure.points[name][:2] for name in JOINTS]) * stature + origin
     turned_away = figure.turned_away.copy()
@@ -124,7 +94,7 @@ def dress(figure: Figure, outfit: Outfit, stature: float, origin: tuple[float, f
     for side, _ in SIDES:
         shapes += builder.arm(side)
         shapes += builder.leg(side)
-    return DrawnPerson(sorted(shapes, key=lambda shape: shape.depth), keypoints, turned_away, outfit, stature)
+    return DrawnPerson(sorted(shapes, key=lambda shape: shape.depth), keypoints, turned_away, outfit)
 
 
 class _ShapeBuilder:
@@ -142,17 +112,19 @@ class _ShapeBuilder:
     def part(
         self,
         region: int,
-        discs: list[tuple[str, float]],
-        axis: tuple[str, str],
         cloth: Cloth,
-        *,
+        *discs: tuple[str, float],
+        axis: tuple[str, str] | None = None,
         nearer: float = 0.0,
+        cut: float | None = None,
     ) -> BodyPart:
-        """Return a hull of discs (point name, radius in statures); its depth is their mean depth plus `nearer`."""
-        x, y = self.origin
+        """Return a hull of discs (point name, radius in statures); its depth is their mean depth plus `nearer`.
+
+        The axis is by default that of the first two discs; below `cut`, a share of it, there is skin instead of cloth.
+        """
         places = [(*self.points[name].tolist(), radius * self.body.bulk) for name, radius in discs]
-        ends = [self.points[name].tolist() for name in axis]
-        size = self.stature
+        ends = [self.points[name].tolist() for name in axis or (discs[0][0], discs[1][0])]
+        (x, y), size = self.origin, self.stature
         return BodyPart(
             region=region,
             depth=sum(place[2] for place in places) / len(places) + nearer,
@@ -160,72 +132,60 @@ class _ShapeBuilder:
             axis=np.array([(x + u * size, y + v * size) for u, v, _ in ends]),
             unit=size,
             cloth=cloth,
+            below=None if cut is None else (self.outfit.skin, cut),
         )
 
     def trunk(self) -> list[Shape]:
         """Return neck, chest, hips and, in some outfits, a skirt."""
-        outfit = self.outfit
-        both = ("left", "right")
+        outfit, both = self.outfit, ("left", "right")
         waist = [(f"{side}_waist", 0.038) for side in both]
         chest = [("chest", 0.062), *waist, *((f"{side}_shoulder", 0.03) for side in both)]
         hips = [*waist, ("hips", 0.06), *((f"{side}_hip", 0.042) for side in both)]
         shapes: list[Shape] = [
-            self.part(TORSO, [("neck", 0.03), ("head", 0.026)], ("neck", "head"), outfit.skin, nearer=-0.03),
-            self.part(TORSO, hips, ("waist", "hips"), outfit.trousers, nearer=-0.04),
-            self.part(TORSO, chest, ("neck", "waist"), outfit.shirt),
+            self.part(TORSO, outfit.skin, ("neck", 0.03), ("head", 0.026), nearer=-0.03),
+            self.part(TORSO, outfit.trousers, *hips, axis=("waist", "hips"), nearer=-0.04),
+            self.part(TORSO, outfit.shirt, *chest, axis=("neck", "waist")),
         ]
         if outfit.skirt:
             hems = [(f"{side}_hem", 0.06) for side in both]
-            shapes.append(self.part(TORSO, [*hips, *hems], ("waist", "left_hem"), outfit.trousers, nearer=0.035))
+            shapes.append(self.part(TORSO, outfit.trousers, *hips, *hems, axis=("waist", "left_hem"), nearer=0.035))
         return shapes
 
     def arm(self, side: str) -> list[Shape]:
         """Return upper arm, forearm and hand."""
-        outfit = self.outfit
-        upper, fore = (LEFT_UPPER_ARM, LEFT_FOREARM) if side == "left" else (RIGHT_UPPER_ARM, RIGHT_FOREARM)
+        (upper, fore, _, _), sleeve = LIMBS[side], self.outfit.sleeve
         shoulder, elbow, wrist, hand = (f"{side}_{name}" for name in ("shoulder", "elbow", "wrist", "hand"))
-        sleeve = outfit.sleeve
         below = sleeve - 1.0 if sleeve < 2.0 else 0.95
-        arm = self.part(upper, [(shoulder, 0.034), (elbow, 0.025)], (shoulder, elbow), outfit.shirt, nearer=0.012)
-        forearm = self.part(fore, [(elbow, 0.025), (wrist, 0.017)], (elbow, wrist), outfit.shirt, nearer=0.02)
-        palm = self.part(fore, [(wrist, 0.016), (hand, 0.02)], (wrist, hand), outfit.skin, nearer=0.02)
-        return [replace(arm, lower=outfit.skin, cut=sleeve), replace(forearm, lower=outfit.skin, cut=below), palm]
+        return [
+            self.part(upper, self.outfit.shirt, (shoulder, 0.034), (elbow, 0.025), nearer=0.012, cut=sleeve),
+            self.part(fore, self.outfit.shirt, (elbow, 0.025), (wrist, 0.017), nearer=0.02, cut=below),
+            self.part(fore, self.outfit.skin, (wrist, 0.016), (hand, 0.02), nearer=0.02),
+        ]
 
     def leg(self, side: str) -> list[Shape]:
         """Return thigh, shin and foot."""
-        outfit = self.outfit
-        upper, lower = (LEFT_THIGH, LEFT_SHIN) if side == "left" else (RIGHT_THIGH, RIGHT_SHIN)
+        (_, _, upper, lower), outfit = LIMBS[side], self.outfit
         hip, knee, ankle, heel, toe = (f"{side}_{name}" for name in ("hip", "knee", "ankle", "heel", "toe"))
         covered = -0.1 if outfit.skirt else outfit.leg
-        thigh = self.part(upper, [(hip, 0.05), (knee, 0.036)], (hip, knee), outfit.trousers)
-        shin = self.part(lower, [(knee, 0.036), (ankle, 0.023)], (knee, ankle), outfit.trousers)
-        shoe = [(heel, 0.024), (toe, 0.016), (ankle, 0.022)]
         return [
-            replace(thigh, lower=outfit.skin, cut=covered),
-            replace(shin, lower=outfit.skin, cut=covered - 1.0),
-            self.part(lower, shoe, (heel, toe), outfit.shoes, nearer=0.004),
+            self.part(upper, outfit.trousers, (hip, 0.05), (knee, 0.036), cut=covered),
+            self.part(lower, outfit.trousers, (knee, 0.036), (ankle, 0.023), cut=covered - 1.0),
+            self.part(lower, outfit.shoes, (heel, 0.024), (toe, 0.016), (ankle, 0.022), nearer=0.004),
         ]
 
     def head(self) -> list[Shape]:
         """Return head, nose, and ears or long hair."""
-        outfit, size, middle = self.outfit, self.body.head, self.points["head"]
-        head = Head(
-            region=HEAD,
-            depth=float(middle[2]) + 0.02,
-            middle=middle[:2] * self.stature + self.origin,
-            axes=self.head_axes * self.stature,
-            skin=outfit.skin.colour,
-            hair=outfit.hair,
-            hairline=outfit.hairline,
-            beard=outfit.beard,
-        )
+        outfit, middle = self.outfit, self.points["head"]
+        place, axes = middle[:2] * self.stature + self.origin, self.head_axes * self.stature
+        head = Head(HEAD, float(middle[2]) + 0.02, place, axes, outfit)
         flesh = plain(outfit.skin.colour * 0.93)
-        radius = 0.1 * size / self.body.bulk
-        nose = [("bridge", 0.5 * radius), ("nose", 0.75 * radius)]
-        shapes: list[Shape] = [head, self.part(HEAD, nose, ("bridge", "nose"), flesh, nearer=0.01)]
+        radius = 0.1 * self.body.head / self.body.bulk
+        nose = self.part(HEAD, flesh, ("bridge", 0.5 * radius), ("nose", 0.75 * radius), nearer=0.01)
         if outfit.long_hair:
             hair = plain(outfit.hair * 0.9)
-            mane = [("crown", 3.9 * radius), ("lock", 3.0 * radius)]
-            return [*shapes, self.part(HAIR, mane, ("crown", "lock"), hair, nearer=0.01)]
-        ears = [[(f"{side}_ear", 0.9 * radius)] for side, _ in SIDES]
-        return [*shapes, *(self.part(HEAD, ear, ("head", ear[0][0]), flesh, nearer=0.01) for ear in ears)]
+            return [head, nose, self.part(HAIR, hair, ("crown", 3.9 * radius), ("lock", 3.0 * radius), nearer=0.01)]
+        ears = [
+            self.part(HEAD, flesh, (ear, 0.9 * radius), axis=("head", ear), nearer=0.01)
+            for ear in ("left_ear", "right_ear")
+        ]
+        return [head, nose, *ears]

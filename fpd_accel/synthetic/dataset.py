@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Integer
 
 from fpd_accel.errors import DataError
 from fpd_accel.files import staged_folder
 from fpd_accel.skeleton import COCO
 from fpd_accel.synthetic.body import JOINTS
 from fpd_accel.synthetic.clothing import REGIONS, REGIONS_AT, DrawnPerson
+from fpd_accel.synthetic.rendering import Picture
 from fpd_accel.synthetic.scene import inside_image, paint_scene, photograph, plan_scene
 
 IMAGE_SIZE = (240, 320)  # (height, width), pixels
@@ -40,14 +41,11 @@ class SyntheticPerson(NamedTuple):
 
 def draw_image(
     seed: int, index: int, *, image_size: tuple[int, int] = IMAGE_SIZE, people: tuple[int, int] = (1, 3)
-) -> tuple[UInt8[np.ndarray, "height width 3"], list[SyntheticPerson]]:
+) -> tuple[Picture, list[SyntheticPerson]]:
     """Return image `index` of `seed` (RGB), and the people in it from far to near.
 
-    Args:
-        seed: Seed of the dataset, from 0 to 2^64 - 1.
-        index: Number of the image, from 0 to 2^64 - 1.
-        image_size: (height, width) in pixels, each at least 64.
-        people: Lowest and highest number of people, at least 1.
+    `seed` and `index` are from 0 to 2^64 - 1, `image_size` is (height, width) in pixels, each at least 64, and `people`
+    the lowest and highest number of people, at least 1.
 
     Raises:
         DataError: An argument is out of range.
@@ -56,11 +54,8 @@ def draw_image(
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
     placed = plan_scene(rng, image_size, people)
     canvas = paint_scene(rng, placed, image_size)
-    truth = [
-        _describe(thing.person, canvas.owner - place * REGIONS, image_size)
-        for place, thing in enumerate(placed)
-        if thing.person is not None
-    ]
+    people_drawn = ((place, thing.person) for place, thing in enumerate(placed) if thing.person is not None)
+    truth = [_describe(person, canvas.owner - place * REGIONS) for place, person in people_drawn]
     return photograph(rng, canvas.planes), truth
 
 
@@ -73,21 +68,11 @@ def draw_dataset(
     people: tuple[int, int] = (1, 3),
     quality: int = 90,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `output/images/000000000001.jpg` … and `output/person_keypoints.json` (COCO format); return `output`.
 
-    The folder appears complete or not at all.
-
-    Args:
-        output: Folder to write.
-        images: Number of images.
-        seed: Seed of the dataset.
-        image_size: (height, width) in pixels.
-        people: Lowest and highest number of people in an image.
-        quality: JPEG quality, 1 to 100.
-        workers: Additional processes that draw (0: draw in this process).
-        progress: Called with (images done, images in total) after each image.
+    The folder appears complete or not at all. `seed`, `image_size` and `people` are those of `draw_image`, `quality`
+    is JPEG's, 1 to 100, and `workers` are additional processes that draw (0: draw in this process).
 
     Raises:
         DataError: `output` exists, or an argument is out of range.
@@ -95,10 +80,8 @@ def draw_dataset(
     output = Path(output)
     _check_drawing(seed, 0, image_size, people)
     if images < 1 or not 1 <= quality <= 100 or workers < 0:
-        raise DataError(
-            f"{output}: images={images}, quality={quality}, workers={workers}: out of range; give at least 1 "
-            "image, quality 1 to 100, and 0 workers or more"
-        )
+        wanted = "give at least 1 image, quality 1 to 100, and 0 workers or more"
+        raise DataError(f"{output}: images={images}, quality={quality}, workers={workers}: out of range; {wanted}")
     if output.exists():
         raise DataError(f"{output}: exists already; delete it or choose another output folder")
     draw = partial(_draw_file, seed, image_size=image_size, people=people, quality=quality)
@@ -109,9 +92,7 @@ def draw_dataset(
         with closing(_draw_all(draw, images, workers)) as drawn:
             for jpeg, people_drawn in drawn:
                 truth.append(people_drawn)
-                (temporary / "images" / _file_name(len(truth))).write_bytes(jpeg)
-                if progress is not None:
-                    progress(len(truth), images)
+                (temporary / "images" / f"{len(truth):012d}.jpg").write_bytes(jpeg)
         document = _coco_document(truth, seed, image_size)
         (temporary / "person_keypoints.json").write_text(json.dumps(document), encoding="utf-8")
     return output
@@ -126,22 +107,17 @@ def _check_drawing(seed: int, index: int, image_size: tuple[int, int], people: t
         raise DataError(f"people {people}: must be (fewest, most) with 1 <= fewest <= most")
 
 
-def _describe(
-    person: DrawnPerson, regions: Integer[np.ndarray, "height width"], image_size: tuple[int, int]
-) -> SyntheticPerson:
+def _describe(person: DrawnPerson, regions: Integer[np.ndarray, "height width"]) -> SyntheticPerson:
     """Return the ground truth of a person; `regions` has its region (1 to REGIONS - 1) at each pixel that shows it."""
+    height, width = regions.shape
     keypoints = np.zeros((len(JOINTS), 3))
-    inside = inside_image(person.keypoints, image_size)
-    for joint, name in enumerate(JOINTS):
-        if inside[joint]:
-            column, row = np.rint(person.keypoints[joint]).astype(int)
-            seen = not person.turned_away[joint] and regions[row, column] in REGIONS_AT[name]
-            keypoints[joint] = (*person.keypoints[joint], 2 if seen else 1)
-    visible = (regions > 0) & (regions < REGIONS)
-    columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
-    left, top = int(columns[0]), int(rows[0])
-    box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
-    return SyntheticPerson(keypoints, box, int(visible.sum()))
+    for joint in np.flatnonzero(inside_image(person.keypoints, (height, width))):
+        column, row = np.rint(person.keypoints[joint]).astype(int)
+        seen = not person.turned_away[joint] and regions[row, column] in REGIONS_AT[JOINTS[joint]]
+        keypoints[joint] = (*person.keypoints[joint], 2 if seen else 1)
+    visible = ((regions > 0) & (regions < REGIONS)).astype(np.uint8)
+    x, y, width, height = cv2.boundingRect(visible)
+    return SyntheticPerson(keypoints, (x, y, width, height), int(visible.sum()))
 
 
 def _draw_file(
@@ -171,17 +147,15 @@ def _draw_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _file_name(image_id: int) -> str:
-    return f"{image_id:012d}.jpg"
-
-
 def _coco_document(truth: list[list[SyntheticPerson]], seed: int, image_size: tuple[int, int]) -> dict[str, Any]:
     """Return the content of the annotation file in COCO's format; ids count from 1."""
     height, width = image_size
+    category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": list(JOINTS)}
     annotations: list[dict[str, Any]] = []
     for image_id, people in enumerate(truth, start=1):
         for person in people:
-            annotation = {
+            triples = [(round(x, 2), round(y, 2), int(seen)) for x, y, seen in person.keypoints.tolist()]
+            entry = {
                 "id": len(annotations) + 1,
                 "image_id": image_id,
                 "category_id": 1,
@@ -189,28 +163,16 @@ def _coco_document(truth: list[list[SyntheticPerson]], seed: int, image_size: tu
                 "bbox": list(person.box),
                 "area": person.area,
                 "num_keypoints": int((person.keypoints[:, 2] > 0).sum()),
-                "keypoints": [
-                    number
-                    for x, y, visible in person.keypoints.tolist()
-                    for number in (round(x, 2), round(y, 2), int(visible))
-                ],
+                "keypoints": list(sum(triples, ())),
             }
-            annotations.append(annotation)
+            annotations.append(entry)
     return {
         "info": {"description": "Synthetic people", "version": "1", "seed": seed, "contributor": "fpd_accel"},
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
         "images": [
-            {"id": image_id, "file_name": _file_name(image_id), "width": width, "height": height, "license": 1}
+            {"id": image_id, "file_name": f"{image_id:012d}.jpg", "width": width, "height": height, "license": 1}
             for image_id in range(1, len(truth) + 1)
         ],
         "annotations": annotations,
-        "categories": [
-            {
-                "id": 1,
-                "name": "person",
-                "supercategory": "person",
-                "keypoints": list(JOINTS),
-                "skeleton": [[a + 1, b + 1] for a, b in COCO.limb_indices],
-            }
-        ],
+        "categories": [category | {"skeleton": [[a + 1, b + 1] for a, b in COCO.limb_indices]}],
     }

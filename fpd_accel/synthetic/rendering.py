@@ -16,6 +16,8 @@ Colour = Float[np.ndarray, "3"]
 Row = Float[np.ndarray, "1 width"]
 Column = Float[np.ndarray, "height 1"]
 Plane = Float[np.ndarray, "height width"]
+Planes = Float[np.ndarray, "3 height width"]  # R, G, B; 0 to 255
+Picture = UInt8[np.ndarray, "height width 3"]  # RGB
 _CIRCLE = np.stack([np.cos(np.arange(12) * math.pi / 6), np.sin(np.arange(12) * math.pi / 6)], axis=1)
 _FINE_CIRCLE = np.stack([np.cos(np.arange(24) * math.pi / 12), np.sin(np.arange(24) * math.pi / 12)], axis=1)
 _FRACTION_BITS = 4  # of the fixed-point coordinates for OpenCV
@@ -56,6 +58,25 @@ class Cloth(NamedTuple):
         return colour + share * (self.other.astype(np.float32)[:, None, None] - colour)
 
 
+class Outfit(NamedTuple):
+    """Skin, hair and clothes of a person.
+
+    `sleeve` and `leg` are lengths: up to 1 a share of upper arm or thigh, 2 down to wrist or ankle.
+    """
+
+    skin: Cloth
+    shirt: Cloth
+    trousers: Cloth
+    shoes: Cloth
+    hair: Colour
+    hairline: float  # hair covers directions from the middle of the head whose component along (up, back) is larger
+    long_hair: bool
+    beard: bool
+    sleeve: float
+    leg: float
+    skirt: bool
+
+
 class Light(NamedTuple):
     """The direction that light comes from (a unit vector in the image), and the strength of shadows, 0 to 1."""
 
@@ -73,15 +94,14 @@ class BodyPart:
     axis: Float[np.ndarray, "2 2"]  # two points, pixels
     unit: float  # unit length of cloth patterns, pixels
     cloth: Cloth
-    lower: Cloth | None = None  # worn below `cut`, such as the skin below a sleeve
-    cut: float = 1.0  # share of the axis
+    below: tuple[Cloth, float] | None = None  # worn below a share of the axis, such as the skin below a sleeve
 
     def outline(self) -> Float[np.ndarray, "point 2"]:
         """Return the corners of the hull in pixels."""
         points = self.discs[:, None, :2] + self.discs[:, None, 2:] * _CIRCLE
         return cv2.convexHull(points.reshape(-1, 2).astype(np.float32))[:, 0]
 
-    def colours(self, x: Row, y: Column, light: Light) -> Float[np.ndarray, "3 height width"]:
+    def colours(self, x: Row, y: Column, light: Light) -> Planes:
         """Return RGB for a grid of pixels: cloth, darker towards the sides and away from the light."""
         # Python floats: NumPy scalars would promote the planes to double precision.
         (start_x, start_y), (end_x, end_y) = self.axis.tolist()
@@ -91,9 +111,10 @@ class BodyPart:
         across = (y - start_y) * ahead_x - (x - start_x) * ahead_y
         half = max(abs((v - start_y) * ahead_x - (u - start_x) * ahead_y) + r for u, v, r in self.discs.tolist())
         colour = self.cloth.at(along, across, self.unit)
-        if self.lower is not None:
-            below = np.clip(along - (self.cut * max(length, 1.0) - 0.5), 0.0, 1.0)
-            colour = colour + below * (self.lower.at(along, across, self.unit) - colour)
+        if self.below is not None:
+            lower, cut = self.below
+            share = np.clip(along - (cut * max(length, 1.0) - 0.5), 0.0, 1.0)
+            colour = colour + share * (lower.at(along, across, self.unit) - colour)
         side = across / half
         lit = light.direction[1] * ahead_x - light.direction[0] * ahead_y
         return colour * (1.0 - light.strength * side * (0.5 * side - 0.6 * lit))
@@ -107,17 +128,14 @@ class Head:
     depth: float  # larger is nearer
     middle: Float[np.ndarray, "2"]  # (x, y), pixels
     axes: Float[np.ndarray, "3 3"]  # columns: from the middle to the left, lowest and front points; pixels, z to viewer
-    skin: Colour
-    hair: Colour
-    hairline: float  # hair covers directions whose component along (up, back) is larger
-    beard: bool
+    worn: Outfit
 
     def outline(self) -> Float[np.ndarray, "point 2"]:
         """Return the ellipse that the ellipsoid projects to."""
         spread = self.axes @ self.axes.T
         return (self.middle + _FINE_CIRCLE @ np.linalg.cholesky(spread[:2, :2]).T).astype(np.float32)
 
-    def colours(self, x: Row, y: Column, light: Light) -> Float[np.ndarray, "3 height width"]:
+    def colours(self, x: Row, y: Column, light: Light) -> Planes:
         """Return RGB for a grid of pixels, each projected onto the visible side of the ellipsoid."""
         inverse = np.linalg.inv(self.axes).astype(np.float32)[..., None, None]
         x, y = x - float(self.middle[0]), y - float(self.middle[1])
@@ -129,25 +147,24 @@ class Head:
         left, down, ahead = flat + (np.sqrt(inside) - slope) / square * toward
         reach = float(np.linalg.norm(self.axes))
         sharp = 0.5 * reach  # a transition of one pixel at any size
-        hair = np.clip(sharp * (-0.66 * down - 0.75 * ahead - self.hairline) + 0.5, 0.0, 1.0)
-        if self.beard:
+        hair = np.clip(sharp * (-0.66 * down - 0.75 * ahead - self.worn.hairline) + 0.5, 0.0, 1.0)
+        if self.worn.beard:
             hair = np.maximum(hair, np.clip(sharp * np.minimum(down - 0.3, ahead + 0.15) + 0.5, 0.0, 1.0))
         shade = 1.0 - light.strength * (0.1 - 0.9 / reach * (x * light.direction[0] + y * light.direction[1]))
         for (place_x, place_y, place_z), dark, flatness in _MARKS:
             far = (left - place_x) ** 2 / flatness + (down - place_y) ** 2 * flatness * 2 + (ahead - place_z) ** 2
             shade = shade * (1.0 - dark * np.clip(1.6 - 38.0 * far, 0.0, 1.0))
-        skin, worn = (colour.astype(np.float32)[:, None, None] for colour in (self.skin, self.hair))
-        return (skin + hair * (worn - skin)) * shade
+        skin, hairs = (colour.astype(np.float32)[:, None, None] for colour in (self.worn.skin.colour, self.worn.hair))
+        return (skin + hair * (hairs - skin)) * shade
 
 
 Shape = BodyPart | Head
 
 
 class Cover(NamedTuple):
-    """The coverage of each pixel by a shape (0 to 255), in the box that starts at column `left` and row `top`."""
+    """The coverage of each pixel by a shape (0 to 255) in a box of the image."""
 
-    left: int
-    top: int
+    box: tuple[slice, slice]  # rows, columns
     mask: UInt8[np.ndarray, "height width"]
 
 
@@ -162,25 +179,19 @@ def cover(shape: Shape, image_size: tuple[int, int]) -> Cover | None:
     mask = np.zeros((bottom - top, right - left), dtype=np.uint8)
     corners = np.rint((outline - np.array((left, top), dtype=np.float32)) * (1 << _FRACTION_BITS)).astype(np.int32)
     cv2.fillConvexPoly(mask, corners, 255, cv2.LINE_AA, _FRACTION_BITS)
-    return Cover(left, top, mask)
+    return Cover((slice(top, bottom), slice(left, right)), mask)
 
 
 class Canvas:
-    """An image being painted: `planes` (R, G, B; 0 to 255) and the `owner` of each pixel (0: the background)."""
+    """An image being painted: its `planes`, and the `owner` of each pixel (0: the background)."""
 
-    def __init__(self, background: UInt8[np.ndarray, "height width 3"]) -> None:
-        self.planes: Float[np.ndarray, "3 height width"] = np.stack(cv2.split(background)).astype(np.float32)
+    def __init__(self, background: Picture) -> None:
+        self.planes: Planes = np.stack(cv2.split(background)).astype(np.float32)
         self.owner: Integer[np.ndarray, "height width"] = np.zeros(background.shape[:2], dtype=np.int32)
 
-    def paint(self, shape: Shape, where: Cover | None, owner: int, light: Light) -> None:
+    def paint(self, shape: Shape, where: Cover, owner: int, light: Light) -> None:
         """Blend a shape over the image; pixels that it covers by half or more then belong to `owner`."""
-        if where is None:
-            return
-        left, top, mask = where
-        height, width = mask.shape
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        x = np.arange(left, left + width, dtype=np.float32)[None]
-        y = np.arange(top, top + height, dtype=np.float32)[:, None]
-        patch = self.planes[:, rows, columns]
-        patch += mask * np.float32(1 / 255) * (shape.colours(x, y, light) - patch)
-        self.owner[rows, columns][mask > 127] = owner
+        y, x = (axis.astype(np.float32) for axis in np.ogrid[where.box])
+        patch = self.planes[:, *where.box]
+        patch += where.mask * np.float32(1 / 255) * (shape.colours(x, y, light) - patch)
+        self.owner[where.box][where.mask > 127] = owner

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 
 from fpd_accel.synthetic.body import articulate, random_body, random_pose
 from fpd_accel.synthetic.clothing import REGIONS, DrawnPerson, dress, random_cloth, random_colour, random_outfit
-from fpd_accel.synthetic.rendering import BodyPart, Canvas, Cloth, Cover, Light, Shape, cover
+from fpd_accel.synthetic.rendering import BodyPart, Canvas, Cloth, Cover, Light, Picture, Planes, Shape, cover
 
 MIN_LABELLED = 5  # joints of each person inside the image
 MAX_COVERED = 0.4  # share of a silhouette that nearer people and objects may hide
@@ -21,16 +21,14 @@ _ONE = 1 << _FRACTION_BITS
 # Quantiles of the standard normal at 256 equal steps of probability, indexed by a random byte.
 _NORMAL = np.array([NormalDist().inv_cdf((step + 0.5) / 256) for step in range(256)], dtype=np.float32)
 
-Silhouette = Bool[np.ndarray, "height width"]
-
 
 class Placed(NamedTuple):
     """A person or object in the image; those with larger `nearness` are painted later."""
 
     nearness: float
     person: DrawnPerson | None
-    shapes: list[tuple[Shape, Cover | None]]
-    silhouette: Silhouette
+    shapes: list[tuple[Shape, Cover]]
+    silhouette: Bool[np.ndarray, "height width"]
 
 
 def plan_scene(rng: np.random.Generator, image_size: tuple[int, int], people: tuple[int, int]) -> list[Placed]:
@@ -45,16 +43,11 @@ def plan_scene(rng: np.random.Generator, image_size: tuple[int, int], people: tu
         if len(placed) == count:
             break
         candidate = _random_person(rng, image_size)
-        if count_inside(candidate.person, image_size) >= MIN_LABELLED:
+        if candidate.person and inside_image(candidate.person.keypoints, image_size).sum() >= MIN_LABELLED:
             placed = _try_add(placed, candidate)
     for _ in range(int(rng.choice((0, 1, 2), p=(0.8, 0.15, 0.05)))):
         placed = _try_add(placed, _random_obstacle(rng, image_size))
     return placed
-
-
-def count_inside(person: DrawnPerson | None, image_size: tuple[int, int]) -> int:
-    """Return the number of a person's joints inside the image."""
-    return 0 if person is None else int(inside_image(person.keypoints, image_size).sum())
 
 
 def inside_image(points: Float[np.ndarray, "17 2"], image_size: tuple[int, int]) -> Bool[np.ndarray, "17"]:
@@ -70,23 +63,20 @@ def paint_scene(rng: np.random.Generator, placed: list[Placed], image_size: tupl
     light = Light((math.cos(angle), math.sin(angle)), float(rng.uniform(0.15, 0.55)))
     canvas = Canvas(_background(rng, image_size))
     worn = [random_cloth(rng), random_cloth(rng)]
-    for thing in placed:
-        if thing.person is not None:
-            outfit = thing.person.outfit
-            worn += [outfit.skin, outfit.shirt, outfit.trousers]
+    for outfit in (thing.person.outfit for thing in placed if thing.person is not None):
+        worn += [outfit.skin, outfit.shirt, outfit.trousers]
     # Bars in the colours and shades of limbs, as distractors.
     for _ in range(int(rng.integers(0, 4))):
         bar = _random_bar(rng, image_size, worn[rng.integers(len(worn))])
-        canvas.paint(bar, cover(bar, image_size), 0, light)
+        if where := cover(bar, image_size):
+            canvas.paint(bar, where, 0, light)
     for index, thing in enumerate(placed):
         for shape, where in thing.shapes:
             canvas.paint(shape, where, index * REGIONS + shape.region, light)
     return canvas
 
 
-def photograph(
-    rng: np.random.Generator, planes: Float[np.ndarray, "3 height width"]
-) -> UInt8[np.ndarray, "height width 3"]:
+def photograph(rng: np.random.Generator, planes: Planes) -> Picture:
     """Return the image of a mediocre camera: uneven light, a colour cast, blur, low contrast and noise."""
     height, width = planes.shape[1:]
     picture = cv2.merge(list(planes))
@@ -96,8 +86,7 @@ def photograph(
     if rng.random() < 0.6:
         picture = cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.4, 1.3)) * height / 240)
     grain = np.frombuffer(rng.bytes(picture.size), dtype=np.uint8).reshape(height, width * 3)
-    noise = cv2.LUT(grain, _NORMAL * np.float32(rng.uniform(1.0, 5.0))).reshape(picture.shape)
-    picture += noise
+    picture += cv2.LUT(grain, _NORMAL * np.float32(rng.uniform(1.0, 5.0))).reshape(picture.shape)
     picture += 127.0 * (1.0 - contrast) + brightness
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
@@ -116,13 +105,11 @@ def _try_add(placed: list[Placed], candidate: Placed) -> list[Placed]:
 
 def _place(nearness: float, person: DrawnPerson | None, shapes: list[Shape], image_size: tuple[int, int]) -> Placed:
     """Compute the pixels that shapes cover."""
-    covers = [cover(shape, image_size) for shape in shapes]
+    seen = [(shape, where) for shape in shapes if (where := cover(shape, image_size))]
     silhouette = np.zeros(image_size, dtype=bool)
-    for where in covers:
-        if where is not None:
-            left, top, mask = where
-            silhouette[top : top + mask.shape[0], left : left + mask.shape[1]] |= mask > 127
-    return Placed(nearness, person, list(zip(shapes, covers, strict=True)), silhouette)
+    for _, where in seen:
+        silhouette[where.box] |= where.mask > 127
+    return Placed(nearness, person, seen, silhouette)
 
 
 def _random_person(rng: np.random.Generator, image_size: tuple[int, int]) -> Placed:
@@ -137,15 +124,14 @@ def _random_person(rng: np.random.Generator, image_size: tuple[int, int]) -> Pla
     if rng.random() < 0.1:
         origin = origin + rng.uniform(-0.45, 0.45, 2) * (high - low)
     person = dress(figure, random_outfit(rng), stature, (float(origin[0]), float(origin[1])))
-    # Larger people are usually nearer.
-    nearness = stature * float(rng.uniform(0.8, 1.25))
+    nearness = stature * float(rng.uniform(0.8, 1.25))  # larger people are usually nearer
     return _place(nearness, person, person.shapes, image_size)
 
 
 def _random_obstacle(rng: np.random.Generator, image_size: tuple[int, int]) -> Placed:
     """Return a bar, or a convex object rising from the lower edge, in front of all people."""
     height, width = image_size
-    cloth = Cloth(*random_cloth(rng))
+    cloth = random_cloth(rng)
     if rng.random() < 0.5:
         shape = _random_bar(rng, image_size, cloth)
     else:
@@ -166,12 +152,12 @@ def _random_bar(rng: np.random.Generator, image_size: tuple[int, int], cloth: Cl
     return BodyPart(0, 0.0, np.column_stack([[start, end], radii]), np.stack([start, end]), 0.6 * height, cloth)
 
 
-def _background(rng: np.random.Generator, image_size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+def _background(rng: np.random.Generator, image_size: tuple[int, int]) -> Picture:
     """Return a background of smooth colours, sometimes a floor, polygons, discs and lines, all with noise."""
     height, width = image_size
     rough = np.stack([random_colour(rng) for _ in range(6)]).reshape(2, 3, 3).astype(np.float32)
-    picture = cv2.resize(rough, (width, height), interpolation=cv2.INTER_LINEAR)
-    picture = np.clip(picture, 0, 255).astype(np.uint8)
+    smooth = cv2.resize(rough, (width, height), interpolation=cv2.INTER_LINEAR)
+    picture = np.clip(smooth, 0, 255).astype(np.uint8)
     if rng.random() < 0.5:
         horizon = rng.uniform(0.35, 0.85, 2) * height
         floor = np.array([(0, horizon[0]), (width, horizon[1]), (width, height), (0, height)])

@@ -20,28 +20,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from fpd_accel.console import warn
 from fpd_accel.errors import CheckpointError
-from fpd_accel.files import sha256, staged_folder
+from fpd_accel.files import replace_file, sha256, staged_folder
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
+LATEST = "latest"  # names the newest checkpoint for people and scripts; resuming does not rely on it
 SET_ASIDE = "set_aside"
 
 
 class CheckpointWriter:
     """Writes checkpoints one after the other in a thread; training waits only if two would overlap.
 
-    Args:
-        directory: Of the checkpoints of a run.
-        background: Whether `submit` returns before the checkpoint is written.
+    Without `background`, `submit` returns when the checkpoint is written.
     """
 
     def __init__(self, directory: Path, *, background: bool = True) -> None:
@@ -85,8 +80,6 @@ def write_checkpoint(
 ) -> Path:
     """Write `<directory>/step_N`, then remove all but the newest `keep` checkpoints.
 
-    `latest` names the newest for people and scripts; resuming does not rely on it.
-
     Args:
         directory: Of the checkpoints of a run.
         step: Optimizer steps taken.
@@ -119,7 +112,7 @@ def write_checkpoint(
             f"{getattr(error, 'strerror', None) or error}; {intact}; make room and run the same command again"
         ) from None
     try:
-        _point_at(final)
+        replace_file(directory / LATEST, final.name + "\n")
         for old in checkpoints(directory)[:-keep]:
             _remove(old)
     except OSError as error:
@@ -144,18 +137,11 @@ def continue_from(directory: Path, step: int) -> None:
         newer.rename(aside / newer.name)
         warn(f"{newer}: the run goes on from step {step}, before it; moved to {aside}")
     if left:  # a job may have been killed between writing a checkpoint and its pointer
-        _point_at(left[-1])
+        replace_file(directory / LATEST, left[-1].name + "\n")
 
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def _point_at(checkpoint: Path) -> None:
-    """Make `latest` name a checkpoint."""
-    pointer = checkpoint.with_name(".latest")
-    pointer.write_text(checkpoint.name + "\n", encoding="utf-8")
-    pointer.replace(checkpoint.with_name("latest"))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -210,11 +196,7 @@ def newest_whole(directory: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path, *, verified: bool = False) -> dict[str, Any]:
-    """Return `state.json` of a checkpoint.
-
-    Args:
-        checkpoint: The directory.
-        verified: Whether its files have been hashed already, so that this is not done again.
+    """Return `state.json` of a checkpoint, whose files are hashed before, unless they are `verified` already.
 
     Raises:
         CheckpointError: The checkpoint is not whole.
@@ -243,15 +225,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def read_tensors(checkpoint: Path, names: Sequence[str], *, verified: bool = False) -> dict[str, dict[str, Tensor]]:
-    """Read some files of a checkpoint, memory-mapped, after verifying them as this machine sees them.
+    """Return the tensors of some files by the files' names without suffix; the files are mapped, not read.
 
-    Args:
-        checkpoint: The directory.
-        names: Of the files, without suffix.
-        verified: Whether this process has hashed the files already.
-
-    Returns:
-        The tensors of each file by name.
+    They are verified as this machine sees them, unless this process has `verified` them already.
 
     Raises:
         CheckpointError: The checkpoint is not whole here, or cannot be read.

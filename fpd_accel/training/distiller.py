@@ -7,8 +7,6 @@ labels' visibility, as in the published code. The `distill` section of a recipe 
 keypoints the teacher's term counts (so that people without labels can be learnt from, section 3.3), and the distance.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +20,8 @@ from fpd_accel.models.compile import compile_options
 from fpd_accel.outputs import BINS_PER_PIXEL, STRIDE, Output, SimCC, each
 from fpd_accel.training.teacher import Teacher
 
-
-class Terms(NamedTuple):
-    """The terms of the objective before they are weighted."""
-
-    pose: Tensor
-    kd: Tensor
-    kd_unlabelled: Tensor
-    predicted: Output
-    target: Output
+Terms = tuple[Tensor, Tensor, Tensor, Output, Output]
+"""Before they are weighted: `pose`, `kd`, `kd_unlabelled`, `predicted` and `target` of `Losses`."""
 
 
 class Distiller(nn.Module):
@@ -89,13 +80,10 @@ class Distiller(nn.Module):
         return self._weighted(self._compared(stages, batch, teacher_outputs), teacher_outputs)
 
     def compile(self, *, student: bool = True, cuda_graphs: bool = False) -> None:
-        """Compile normalisation, student, targets and losses into one graph for batches of one size.
+        """Compile normalisation, targets, losses and, unless told otherwise, student to one graph for one batch size.
 
-        A student wrapped for data parallelism is split where it communicates.
-
-        Args:
-            student: Whether the student is part of the graph.
-            cuda_graphs: Whether all kernels are replayed as one launch.
+        A student wrapped for data parallelism is split where it communicates. With `cuda_graphs` all kernels are
+        replayed as one launch.
         """
         options, self._cuda_graphs = compile_options(cuda_graphs=cuda_graphs), cuda_graphs
         if student:
@@ -117,7 +105,7 @@ class Distiller(nn.Module):
             if batch.labelled is not None:
                 with torch.no_grad():
                     kd_unlabelled = self._to_teacher(stages, teacher_outputs, counted * (1 - batch.labelled)[:, None])
-        return Terms(pose, kd, kd_unlabelled, each(stages[-1], Tensor.detach), target)
+        return pose, kd, kd_unlabelled, each(stages[-1], Tensor.detach), target
 
     def _weighted(self, terms: Terms, teacher_outputs: tuple[Output, ...] | None) -> Losses:
         pose, kd, kd_unlabelled, predicted, target = terms

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fpd_accel.config.loading import teacher_recipe, teacher_weights
-from fpd_accel.config.schema import Codec, Data, Recipe, TeacherModel, Train
+from fpd_accel.config.schema import Recipe, TeacherModel
 from fpd_accel.config.schema import Student as StudentOptions
 from fpd_accel.console import say
 from fpd_accel.data.batch import Normalization
@@ -34,10 +34,6 @@ def check_networks(recipe: Recipe, skeleton: Skeleton) -> None:
     """Build student and teacher on the meta device, run them once there, and compare them.
 
     Called before anything is drawn, trained or written, so that a recipe whose networks do not fit costs nothing.
-
-    Args:
-        recipe: Names the networks, their input and the losses.
-        skeleton: Of the training data.
 
     Raises:
         UserError: A network cannot be built, does not take the input size, has other outputs than a pose network, or
@@ -79,20 +75,19 @@ def create_networks(recipe: Recipe, skeleton: Skeleton) -> tuple[nn.Module, Teac
     return student, TeacherNetwork(config, network)
 
 
-def describe_student(
-    student: StudentOptions, network: nn.Module, *, skeleton: Skeleton, data: Data, codec: Codec
-) -> ModelConfig:
+def describe_student(recipe: Recipe, network: nn.Module, skeleton: Skeleton) -> ModelConfig:
     """Return the description that model folders of this student carry, by which `load_model` builds it again.
 
     Raises:
         ConfigError: The recipe's `student` section describes another network.
     """
+    student, data = recipe.student, recipe.data
     config = ModelConfig(
         arch=student.arch,
         arguments=student.arguments,
         skeleton=skeleton,
         input_size=data.input_size,
-        codec=codec,
+        codec=recipe.codec,
         box_padding=data.box_padding,
         normalization=Normalization(color=student.color),
     )
@@ -107,8 +102,9 @@ def describe_student(
     return config
 
 
-def freeze_teacher(teacher: TeacherNetwork, options: TeacherModel, train: Train, accelerator: Accelerator) -> Teacher:
+def freeze_teacher(teacher: TeacherNetwork, recipe: Recipe, accelerator: Accelerator) -> Teacher:
     """Put the teacher on its device: frozen, and folded, compiled or sharded as the recipe says."""
+    options, train = recipe.teacher, recipe.train
     shard = options.shard and accelerator.num_processes > 1
     network = teacher.network
     if train.channels_last and not shard:  # FSDP2 takes contiguous parameters alone
@@ -162,19 +158,19 @@ def _describe_teacher(recipe: Recipe, skeleton: Skeleton) -> ModelConfig | None:
         if teacher.arch not in (None, config.arch):
             raise ConfigError(f"teacher.arch: {teacher.arch}, but {path} is a {config.arch}; leave it out")
         return config
+    network: TeacherModel | StudentOptions = teacher
+    codec = teacher.codec
     if teacher.recipe is not None:
         own = teacher_recipe(recipe, check_files=False)
-        arch, arguments, codec, color = own.student.arch, own.student.arguments, own.codec, own.student.color
-    else:
-        assert teacher.arch is not None  # checked with the recipe
-        arch, arguments, codec, color = teacher.arch, teacher.arguments, teacher.codec, teacher.color
+        network, codec = own.student, own.codec
+    assert network.arch is not None  # checked with the recipe
     return ModelConfig(
-        arch=arch,
-        arguments=arguments,
+        arch=network.arch,
+        arguments=network.arguments,
         skeleton=skeleton,
         input_size=recipe.data.input_size,
         codec=codec,
-        normalization=Normalization(color=color),
+        normalization=Normalization(color=network.color),
     )
 
 

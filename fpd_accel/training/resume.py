@@ -14,6 +14,7 @@ from fpd_accel.config.plan import steps_per_epoch, total_steps
 from fpd_accel.config.schema import Recipe
 from fpd_accel.console import say
 from fpd_accel.data.mixture import Mixture
+from fpd_accel.data.shards import Shards
 from fpd_accel.errors import CheckpointError
 from fpd_accel.files import replace_file, sha256
 from fpd_accel.training.checkpoint import checkpoints, newest_whole, read_state
@@ -21,20 +22,13 @@ from fpd_accel.training.networks import TeacherNetwork
 from fpd_accel.training.optim import alpha_at, learning_rate
 from fpd_accel.training.resume_rules import differences
 from fpd_accel.training.run_lock import RunLock
-from fpd_accel.weights.model_folder import ModelConfig, save_model
+from fpd_accel.weights.model_folder import save_model
 
 RECIPE_NAME = "recipe.yaml"
 PACKAGES = (
-    "fpd-accel",
-    "torch",
-    "torchvision",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "numpy",
-    "opencv-python-headless",
+    "fpd-accel", "torch", "torchvision", "accelerate", "datasets", "safetensors", "numpy", "opencv-python-headless",
     "simplejpeg",
-)
+)  # fmt: skip
 IDENTITIES = {"data_sha256": "data.train", "unlabelled_sha256": "data.unlabelled", "teacher_sha256": "the teacher"}
 """Entries of `state.json` that a resumed run must have too, and what they identify."""
 
@@ -54,8 +48,8 @@ def begin(
         recipe: The run to start or to resume.
         lock: Of its directory.
         resume: `auto`, `none` or the directory of a checkpoint.
-        people: Labelled people to train on, by which epochs become steps.
-        provenance: Identities of data and teacher; see `provenance`.
+        people: Number of labelled people to train on, by which epochs become steps.
+        provenance: See the function of this name.
         teacher: Written as a model folder when the run starts.
 
     Returns:
@@ -101,23 +95,24 @@ def find_checkpoint(
 
 
 def provenance(
-    recipe: Recipe, *, data: Mixture, unlabelled: str | None, teacher: tuple[ModelConfig, Mapping[str, Tensor]] | None
+    recipe: Recipe, *, data: Mixture, unlabelled: Shards | None, teacher: TeacherNetwork | None
 ) -> dict[str, Any]:
     """Return what `state.json` says beside the position: enough to refuse a resume that would change the result."""
     return {
         "data_sha256": data.fingerprint,
         "datasets": data.identities,
-        "unlabelled_sha256": unlabelled,
-        "teacher_sha256": teacher_digest(*teacher) if teacher is not None else None,
+        "unlabelled_sha256": unlabelled.fingerprint if unlabelled is not None else None,
+        "teacher_sha256": _teacher_digest(teacher) if teacher is not None else None,
         "recipe_sha256": sha256(dump_recipe(recipe)),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
 
 
-def teacher_digest(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+def _teacher_digest(teacher: TeacherNetwork) -> str:
     """Return the SHA-256 of everything that decides on a teacher's outputs: weights, input pixels, meaning."""
+    config, network = teacher
     described = {"arch", "input_size", "codec", "normalization"} | ({"arguments"} if config.arguments else set())
-    return sha256(f"{config.model_dump_json(include=described)} {weights_digest(weights)}")
+    return sha256(f"{config.model_dump_json(include=described)} {weights_digest(network.state_dict())}")
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -146,7 +141,7 @@ def _choose_checkpoint(directory: Path, resume: str) -> tuple[Path | None, dict[
         checkpoint = newest_whole(directory / "checkpoints")
         return checkpoint, read_state(checkpoint, verified=True) if checkpoint is not None else {}
     if resume == "none":
-        if has_begun(directory):
+        if _has_begun(directory):
             raise CheckpointError(
                 f"{directory}: this run exists; continue it with --resume auto, or choose another run.name"
             )
@@ -161,7 +156,7 @@ def _choose_checkpoint(directory: Path, resume: str) -> tuple[Path | None, dict[
     return chosen, state
 
 
-def has_begun(directory: Path) -> bool:
+def _has_begun(directory: Path) -> bool:
     """Return whether a run has results that another recipe must not replace: a checkpoint, `best/` or `final/`."""
     has_models = any((directory / name).exists() for name in ("best", "final"))
     return has_models or bool(checkpoints(directory / "checkpoints"))
@@ -170,7 +165,7 @@ def has_begun(directory: Path) -> bool:
 def _check_recipe(recipe: Recipe, *, step: int, people: int) -> None:
     """Raise CheckpointError if a run that has begun was started by a recipe that gives another result."""
     directory = recipe.run.directory
-    if not (directory / RECIPE_NAME).exists() or not has_begun(directory):
+    if not (directory / RECIPE_NAME).exists() or not _has_begun(directory):
         return
     before = load_recipe(directory / RECIPE_NAME, check_files=False)
     altering, harmless = differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
@@ -199,20 +194,14 @@ def _changed_dataset(before: list[dict[str, Any]] | None, now: list[dict[str, An
 
 def _schedule_differences(before: Recipe, after: Recipe, *, step: int, people: int) -> list[str]:
     """Name the first step already taken whose learning rate or alpha the new length of the run changes."""
-    schedules = []
-    for recipe in (before, after):
+
+    def scheduled(recipe: Recipe, taken: int) -> tuple[float, float]:
         steps = total_steps(recipe.train, recipe.data, people)
         per_epoch = steps_per_epoch(recipe.train, recipe.data, people)
-        schedules.append(
-            [
-                (
-                    learning_rate(recipe.optim, i, total_steps=steps, steps_per_epoch=per_epoch),
-                    alpha_at(recipe.distill, i, total_steps=steps),
-                )
-                for i in range(step)
-            ]
-        )
-    if schedules[0] == schedules[1]:
+        rate = learning_rate(recipe.optim, taken, total_steps=steps, steps_per_epoch=per_epoch)
+        return rate, alpha_at(recipe.distill, taken, total_steps=steps)
+
+    changed = next((taken for taken in range(step) if scheduled(before, taken) != scheduled(after, taken)), None)
+    if changed is None:
         return []
-    first = next(i for i, (old, new) in enumerate(zip(*schedules, strict=True)) if old != new)
-    return [f"train.steps, train.epochs: the new length changes the schedule of step {first + 1}, already taken"]
+    return [f"train.steps, train.epochs: the new length changes the schedule of step {changed + 1}, already taken"]

@@ -20,7 +20,7 @@ FREE_ON_RESUME = (
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the differences of two dumped recipes as `path: old -> new`: those that alter the result, and the rest."""
-    old, new = _flatten(before), _flatten(after)
+    old, new = by_dotted_path(before), by_dotted_path(after)
     altering: list[str] = []
     harmless: list[str] = []
     for key in sorted(old.keys() | new.keys()):
@@ -30,8 +30,9 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str
     return altering, harmless
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_dotted_path(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one dictionary."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= by_dotted_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -1,7 +1,7 @@
 """From a recipe to a finished run: data, teacher, student, and the table at the end. What is missing is made."""
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,17 @@ from fpd_accel.distributed.accelerator import (
 )
 from fpd_accel.distributed.preemption import StopSignal
 from fpd_accel.errors import CheckpointError, TrainingError, this_rank_only
-from fpd_accel.evaluation.evaluate import evaluate
 from fpd_accel.evaluation.tables import Score, describe_protocol, show_scores
 from fpd_accel.files import is_url
-from fpd_accel.models.compile import eagerly
 from fpd_accel.models.fp8 import require_float8
 from fpd_accel.skeleton import COCO
 from fpd_accel.training.networks import check_networks, create_networks, freeze_teacher
 from fpd_accel.training.resume import begin, provenance, weights_digest
 from fpd_accel.training.run_lock import RunLock
-from fpd_accel.training.supervisor import RunSupervisor
 from fpd_accel.training.teacher import Teacher
 from fpd_accel.training.teacher_cache.build import CacheBuilder
 from fpd_accel.training.trackers import require_trackers
-from fpd_accel.training.trainer import Trainer
+from fpd_accel.training.trainer import Trainer, supervise
 from fpd_accel.weights.model_cost import describe_model
 from fpd_accel.weights.model_folder import ModelConfig
 
@@ -81,21 +78,16 @@ def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopSig
         lambda: create_networks(recipe, train.skeleton),
         same=lambda made: [weights_digest(network.state_dict()) for network in (made[0], *(made[1] or ())[1:])],
     )
-    supervisor = _supervise(recipe, accelerator, [people for people in data if people is not None], stop)
+    supervisor = supervise(recipe, accelerator, data, stop)
     with RunLock(recipe.run.directory) as lock, _disk_errors(recipe.run.directory), supervisor.guarded():
-        origin = provenance(
-            recipe,
-            data=train,
-            unlabelled=unlabelled.fingerprint if unlabelled is not None else None,
-            teacher=(teacher.config, teacher.network.state_dict()) if teacher is not None else None,
-        )
+        origin = provenance(recipe, data=train, unlabelled=unlabelled, teacher=teacher)
         supervisor.watchdog.alive("looking for the checkpoint to go on from")
         checkpoint, state = run_on_main(
             accelerator,
             lambda: begin(recipe, lock, resume=resume, people=len(train), provenance=origin, teacher=teacher),
         )
         supervisor.watchdog.alive("preparing the networks")
-        frozen = freeze_teacher(teacher, recipe.teacher, recipe.train, accelerator) if teacher is not None else None
+        frozen = freeze_teacher(teacher, recipe, accelerator) if teacher is not None else None
         trainer = Trainer(
             recipe,
             accelerator,
@@ -117,7 +109,7 @@ def _run(recipe: Recipe, accelerator: Accelerator, *, resume: str, stop: StopSig
             trainer.teacher_targets = _open_cache(trainer, teacher.config, frozen)
         best, scores = trainer.fit(), []
         if teacher is not None and frozen is not None and valid is not None and recipe.evaluate.teacher:
-            scores.append(Score("teacher", teacher.config, _evaluate_teacher(trainer, teacher.config, frozen, valid)))
+            scores.append(Score("teacher", teacher.config, trainer.score(frozen.network, teacher.config, valid)[0]))
         scores.append(Score("student", trainer.model_config, best))
     accelerator.free_memory()
     if accelerator.is_main_process and valid is not None:
@@ -141,21 +133,6 @@ def _open_data(
     )
     run_on_main(accelerator, lambda: check_networks(recipe, data[0].skeleton))
     return data
-
-
-def _supervise(
-    recipe: Recipe, accelerator: Accelerator, shards: Sequence[Shards | Mixture], stop: StopSignal | None
-) -> RunSupervisor:
-    return RunSupervisor(
-        recipe.run.directory,
-        accelerator,
-        shards=shards,
-        stop=stop,
-        timeout_minutes=recipe.train.timeout_minutes,
-        save_every_minutes=recipe.checkpoint.save_every_minutes,
-        background=recipe.checkpoint.background,
-        loader_processes=recipe.data.workers,
-    )
 
 
 def _check_environment(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -251,22 +228,6 @@ def _open_cache(trainer: Trainer, config: ModelConfig, teacher: Teacher) -> Teac
     with trainer.supervisor.translated():
         remaining = (trainer.total_steps - trainer.step) * recipe.train.global_batch
         return builder.open(student=trainer.model_config, samples=remaining)
-
-
-def _evaluate_teacher(trainer: Trainer, config: ModelConfig, teacher: Teacher, valid: Shards) -> dict[str, float]:
-    with eagerly(trainer.compiled):
-        metrics, _ = evaluate(
-            teacher.network,
-            valid,
-            codec=config.create_codec(),
-            normalization=teacher.normalization,
-            padding=trainer.recipe.data.box_padding,
-            options=trainer.recipe.evaluate,
-            workers=trainer.recipe.data.workers,
-            accelerator=trainer.accelerator,
-            watchdog=trainer.supervisor.watchdog,
-        )
-    return metrics
 
 
 def _announce(trainer: Trainer, config: ModelConfig | None, teacher: Teacher | None) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from fpd_accel.console import warn
@@ -82,9 +81,7 @@ class RunLock(AbstractContextManager["RunLock"]):
             )
         return True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.truncate(0)

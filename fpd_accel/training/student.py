@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fpd_accel.config.schema import Compile, Optim, Train
@@ -23,18 +24,11 @@ from fpd_accel.models.base import PoseModel
 from fpd_accel.models.compile import compile_network
 from fpd_accel.outputs import Output, each
 from fpd_accel.training.checkpoint import MANIFEST, optimizer_tensors, read_tensors, restore_optimizer
-from fpd_accel.training.ema import WeightAverage, local_part
 from fpd_accel.training.optim import create_optimizer
 
 
 class Student:
     """A network prepared for training by the Accelerator.
-
-    Args:
-        network: The network to train.
-        accelerator: Wraps network and optimizer.
-        train: Precision, compilation, clipping, moving average.
-        optim: The optimizer.
 
     Attributes:
         network: Without wrappers: what is saved and evaluated.
@@ -55,15 +49,12 @@ class Student:
         if self.compiled == "units":
             compile_network(self.network, self.compiled)
         if is_sharded(accelerator):
-            units = (
-                {type(unit).__name__ for unit in network.unit_modules()} if isinstance(network, PoseModel) else set()
-            )
-            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(units)
+            units = network.unit_modules() if isinstance(network, PoseModel) else []
+            names = sorted({type(unit).__name__ for unit in units})
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
             _autocast(network, accelerator)
         optimizer = create_optimizer(self.network, optim, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        # A replayed CUDA graph overwrites its earlier results, so gradients must have memory of their own.
-        self._keep_gradients = train.cuda_graphs
         self._place_gradients()
         self.average = WeightAverage(self.network, train.ema_decay) if train.ema_decay is not None else None
 
@@ -82,7 +73,7 @@ class Student:
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self._keep_gradients)
+        self.optimizer.zero_grad(set_to_none=not self.options.cuda_graphs)
         if self.average is not None:
             self.average.update()
 
@@ -107,21 +98,18 @@ class Student:
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """Give the network with the weights to evaluate and save: their moving average if there is one."""
-        self._reshard()
-        if self.average is not None:
-            self.average.swap()
+        self._swap_average()
         try:
             yield self.network
         finally:
-            self._reshard()
-            if self.average is not None:
-                self.average.swap()
+            self._swap_average()
 
-    def _reshard(self) -> None:
-        """Reshard after evaluation: FSDP2 frees gathered parameters only in the backward pass."""
+    def _swap_average(self) -> None:
         for module in self.network.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()
+                module.reshard()  # FSDP2 frees the parameters gathered by an evaluation only in the backward pass
+        if self.average is not None:
+            self.average.swap()
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights of the whole network on the CPU of rank 0, and nothing on the others. All ranks take part.
@@ -144,10 +132,7 @@ class Student:
         return tensors
 
     def restore(self, checkpoint: Path) -> None:
-        """Load the tensors of a checkpoint that any number of ranks wrote, sharded or not.
-
-        Args:
-            checkpoint: The directory, verified by rank 0.
+        """Load the tensors of a checkpoint that any number of ranks wrote, sharded or not, and rank 0 verified.
 
         Raises:
             CheckpointError: A rank cannot read it.
@@ -168,8 +153,8 @@ class Student:
                 self._load(saved["student_ema"])
 
     def _place_gradients(self) -> None:
-        """Allocate gradients before a CUDA graph does, if they have to keep their memory."""
-        if self._keep_gradients:
+        """Give gradients memory of their own: a replayed CUDA graph overwrites its earlier results."""
+        if self.options.cuda_graphs:
             for parameter in self.network.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -187,3 +172,39 @@ def _autocast(network: nn.Module, accelerator: Accelerator) -> None:
         return tuple(each(stage, Tensor.float) for stage in stages)
 
     network.forward = in_precision
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights and buffers, sharded like the network.
+
+    It starts at the initial weights, and has the weight `decay` in each update. `swap` exchanges the average and the
+    network's own weights; a second `swap` undoes the first.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay = network, decay
+        tensors = [local_part(tensor.detach()) for tensor in (*network.parameters(), *network.buffers())]
+        self._floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self._average = [tensor.clone() for tensor in self._floating]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the current weights."""
+        torch._foreach_lerp_(self._average, self._floating, 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the weights of the network."""
+        for own, average in zip(self._floating, self._average, strict=True):
+            held = own.clone()
+            own.copy_(average)
+            average.copy_(held)
+
+    def buffers(self) -> list[Tensor]:
+        """Return the averages of the floating-point buffers."""
+        return self._average[len(list(self.network.parameters())) :]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

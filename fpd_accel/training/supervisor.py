@@ -5,8 +5,8 @@ intact.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,13 +31,13 @@ class RunSupervisor:
 
     Args:
         directory: The run directory; checkpoints are written below it.
-        accelerator: Tells the ranks apart and reduces their flags.
+        accelerator: Tells the ranks apart.
         shards: Datasets whose files must not change during the run.
         stop: The signal handler of the process, if it has one.
         timeout_minutes: Time without progress after which a process ends with a message.
         save_every_minutes: Interval of checkpoints by the clock; None for none.
         background: Whether checkpoints are written while training goes on.
-        loader_processes: Loader processes per rank. Without any, this process reads the mapped files itself.
+        loader_processes: Per rank. Without any, this process reads the mapped files itself.
     """
 
     def __init__(
@@ -71,12 +71,10 @@ class RunSupervisor:
     @contextmanager
     def training(self, *, step: int) -> Iterator[None]:
         """Let ranks `sync_flags` within the block, which trains from `step` on; the checkpoint writer ends with it."""
-        with ExitStack() as stack:
-            stack.enter_context(self.guarded())
+        with self.guarded(), closing(self.writer):
             self._reducer = FlagReducer(
                 ("stop", "save", "problem"), ranks=self.accelerator.num_processes, minutes=self._timeout
             )
-            stack.callback(self.writer.close)
             if self.accelerator.is_main_process:
                 continue_from(self.writer.directory, step)
             yield
@@ -99,11 +97,8 @@ class RunSupervisor:
 
         A memory-mapped file that was cut short would end the process by SIGBUS, without a message.
         """
-        if self._loader_processes:
-            return
-        for shards in read:
-            if (changed := shards.changed()) is not None:
-                raise this_rank_only(self._changed(changed))
+        if not self._loader_processes and (problem := self._find_change(read)) is not None:
+            raise this_rank_only(problem)
 
     def check_all_data_files(self) -> None:
         """Check the files of all ranks before anything is saved, so that nothing comes of data that changed.
@@ -111,9 +106,7 @@ class RunSupervisor:
         Raises:
             DataError: Files changed, or there is another problem on any rank.
         """
-        if self.problem is None:
-            changed = next(filter(None, (shards.changed() for shards in self.shards)), None)
-            self.problem = self._changed(changed) if changed is not None else None
+        self.problem = self.problem or self._find_change(self.shards)
         problems = torch.tensor(float(self.problem is not None), device=self.accelerator.device)
         if self.accelerator.reduce(problems, reduction="sum") > 0:
             self._end_all_ranks()
@@ -162,6 +155,9 @@ class RunSupervisor:
     def _require_written(self) -> None:
         if self.problem is None:
             self._wait_for_writer()
+        self._raise_own()
+
+    def _raise_own(self) -> None:
         if self.problem is not None:
             raise self.problem
 
@@ -173,12 +169,7 @@ class RunSupervisor:
 
     def _end_all_ranks(self) -> NoReturn:
         """Raise on every rank; the problem of rank 0, if it has one, goes before those of the others."""
-
-        def raise_own() -> None:
-            if self.problem is not None:
-                raise self.problem
-
-        run_on_main(self.accelerator, raise_own)
+        run_on_main(self.accelerator, self._raise_own)
         if self.problem is not None:
             raise this_rank_only(self.problem)
         raise TrainingError(f"{self.directory}: stopped because another rank failed; see that rank's error")
@@ -193,7 +184,10 @@ class RunSupervisor:
             )
         )
 
-    def _changed(self, changed: str) -> DataError:
+    def _find_change(self, datasets: Iterable[Shards | Mixture]) -> DataError | None:
+        changed = next(filter(None, (shards.changed() for shards in datasets)), None)
+        if changed is None:
+            return None
         return DataError(f"{changed} while the run was reading it; {self._describe_intact()}")
 
     def _describe_intact(self) -> str:

@@ -29,7 +29,8 @@ class Teacher:
         device: Where it runs.
         normalization: Of the crops; by default ImageNet's, RGB.
         precision: float32, or bfloat16 for autocast.
-        compile: How much of it `torch.compile` turns into a graph (see `compile_network`).
+        compile: How much of it `torch.compile` turns into a graph (see `compile_network`); `auto`: the whole network
+            on a GPU, block by block where it is sharded, and none on a processor.
         cuda_graphs: Whether its kernels are replayed as one launch (see `compile_network`).
         shard: Whether each rank keeps a part of the weights, gathered block by block; all ranks call it together.
         fold_norm: Whether normalisations are folded into the convolutions before them (`models/fold_norm.py`).
@@ -77,7 +78,8 @@ class Teacher:
         self.device, self.precision, self.sharded, self.fp8 = torch.device(device), precision, shard, fp8
         # Parameters gathered in inference mode cannot be gathered again outside of it, such as in an evaluation.
         self._without_gradients = torch.no_grad if shard else torch.inference_mode
-        self.compiled = choose_compile(compile, self.device, shard=shard)
+        default: Compile = "none" if self.device.type != "cuda" else "units" if shard else "whole"
+        self.compiled = default if compile == "auto" else compile
         compile_network(self.model, self.compiled, cuda_graphs=cuda_graphs)
         self.network = InPrecision(self.model, self.device, precision)
 
@@ -94,15 +96,6 @@ class Teacher:
 
     def _decline(self, mode: bool = True) -> nn.Module:  # noqa: ARG002
         return self.model
-
-
-def choose_compile(choice: Compile | Literal["auto"], device: torch.device, *, shard: bool) -> Compile:
-    """Resolve `auto`: the whole network on a GPU, block by block where it is sharded, and none on a processor."""
-    if choice != "auto":
-        return choice
-    if device.type != "cuda":
-        return "none"
-    return "units" if shard else "whole"
 
 
 class InPrecision(nn.Module):

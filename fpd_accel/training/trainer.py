@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from fpd_accel.data.stream import PoseStream, close_loader, make_loader
 from fpd_accel.data.teacher_targets import TeacherTargets
 from fpd_accel.decode import accuracy
 from fpd_accel.distributed.accelerator import is_sharded, run_on_main
+from fpd_accel.distributed.preemption import StopSignal
 from fpd_accel.errors import Preempted, TrainingError
 from fpd_accel.evaluation.coco_results import selection_metric
-from fpd_accel.evaluation.evaluate import evaluate
+from fpd_accel.evaluation.evaluate import Compare, evaluate
 from fpd_accel.evaluation.tables import eval_settings
 from fpd_accel.files import replace_file
 from fpd_accel.losses import Losses
@@ -43,7 +44,23 @@ from fpd_accel.training.supervisor import RunSupervisor
 from fpd_accel.training.teacher import Teacher
 from fpd_accel.training.trackers import Trackers
 from fpd_accel.visualize import comparison, encode_picture
-from fpd_accel.weights.model_folder import save_model
+from fpd_accel.weights.model_folder import ModelConfig, save_model
+
+
+def supervise(
+    recipe: Recipe, accelerator: Accelerator, data: Iterable[Shards | Mixture | None], stop: StopSignal | None = None
+) -> RunSupervisor:
+    """Return the supervisor of a run that reads these datasets."""
+    return RunSupervisor(
+        recipe.run.directory,
+        accelerator,
+        shards=[people for people in data if people is not None],
+        stop=stop,
+        timeout_minutes=recipe.train.timeout_minutes,
+        save_every_minutes=recipe.checkpoint.save_every_minutes,
+        background=recipe.checkpoint.background,
+        loader_processes=recipe.data.workers,
+    )
 
 
 class Trainer:
@@ -82,21 +99,14 @@ class Trainer:
         supervisor: RunSupervisor | None = None,
     ) -> None:
         self.recipe, self.accelerator, self.train_shards, self.valid_shards = recipe, accelerator, train, valid
-        self.unlabelled_shards = unlabelled
+        self.unlabelled_shards, self.directory = unlabelled, recipe.run.directory
         self._read = [people for people in (train, unlabelled) if people is not None]  # in every step
-        self.supervisor = supervisor or RunSupervisor(
-            recipe.run.directory, accelerator,
-            shards=[people for people in (train, unlabelled, valid) if people is not None],
-            timeout_minutes=recipe.train.timeout_minutes, save_every_minutes=recipe.checkpoint.save_every_minutes,
-            background=recipe.checkpoint.background, loader_processes=recipe.data.workers,
-        )  # fmt: skip
+        self.supervisor = supervisor or supervise(recipe, accelerator, (train, valid, unlabelled))
         self.provenance = provenance or {}
         self.device_batch, self.accumulation = accumulation_steps(recipe.train, accelerator.num_processes)
         self.steps_per_epoch = steps_per_epoch(recipe.train, recipe.data, len(train))
         self.total_steps = total_steps(recipe.train, recipe.data, len(train))
-        self.model_config = describe_student(
-            recipe.student, student, skeleton=train.skeleton, data=recipe.data, codec=recipe.codec
-        )
+        self.model_config = describe_student(recipe, student, train.skeleton)
         self.student = Student(student, accelerator, train=recipe.train, optim=recipe.optim)
         self.codec = self.model_config.create_codec()
         self.distiller = Distiller(
@@ -108,20 +118,10 @@ class Trainer:
         self.compiled = self.student.compiled != "none" or (teacher is not None and teacher.compiled != "none")
         self.selection = selection_metric(train if valid is None else valid)  # the metric by which best/ is selected
         self.eval_settings = eval_settings(valid, recipe.evaluate) if valid is not None else {}
-        self.step, self.best, self.best_metrics = 0, float("-inf"), dict[str, float]()
+        self.step, self.best_metrics = 0, dict[str, float]()
         self.evaluated = 0  # the last evaluated step
         self.meter = StepMeter(accelerator, split=unlabelled is not None)
         self.teacher_targets: TeacherTargets | None = None  # the teacher's cache, once it is built
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return self.recipe.run.directory
-
-    @property
-    def samples_seen(self) -> int:
-        """Samples consumed so far: all the state that the data have."""
-        return self.step * self.recipe.train.global_batch
 
     @property
     def topology(self) -> dict[str, int]:
@@ -217,11 +217,7 @@ class Trainer:
         return torch.stack(values)
 
     def restore(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        """Put student, optimizer and position in the data back to where a checkpoint was.
-
-        Args:
-            checkpoint: Verified on rank 0.
-            state: Its `state.json`.
+        """Put student, optimizer and position back to where a checkpoint, verified on rank 0, was by its `state.json`.
 
         Raises:
             CheckpointError: A rank cannot read it.
@@ -230,14 +226,13 @@ class Trainer:
         self.step = state["step"]
         if state.get("protocol") == self.eval_settings:
             self.best_metrics, self.evaluated = state["best_metrics"], state.get("evaluated", self.step)
-            self.best = self.best_metrics.get(self.selection, float("-inf"))
         else:
             say("evaluation settings changed: earlier scores are discarded and best/ is selected again")
 
     def _open_log(self) -> RunLog:
         recipe = self.recipe
         trackers = Trackers(
-            self.accelerator, recipe.log.trackers, directory=self.directory, run_name=recipe.run.name,
+            self.accelerator, recipe.log.trackers, directory=self.directory,
             recipe=recipe.model_dump(mode="json"), recipe_text=dump_recipe(recipe), step=self.step,
         )  # fmt: skip
         return RunLog(
@@ -254,7 +249,7 @@ class Trainer:
             seed=self.recipe.run.seed,
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
-            start=self.samples_seen,
+            start=self.step * self.recipe.train.global_batch,
             stop=self.total_steps * self.recipe.train.global_batch,
             unbiased=self.codec.unbiased,
             unlabelled=self.unlabelled_shards,
@@ -287,28 +282,35 @@ class Trainer:
             "try a lower optim.lr, optim.warmup_steps or train.clip_norm under another run.name"
         )
 
+    def score(
+        self, network: nn.Module, config: ModelConfig, valid: Shards, compare: Compare | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics of student or teacher on held-out people, and the people found (see `evaluate`)."""
+        with eagerly(self.compiled):
+            return evaluate(
+                network,
+                valid,
+                codec=config.create_codec(),
+                normalization=config.normalization,
+                padding=self.recipe.data.box_padding,
+                options=self.recipe.evaluate,
+                compare=compare,
+                workers=self.recipe.data.workers,
+                accelerator=self.accelerator,
+                watchdog=self.supervisor.watchdog,
+            )
+
     def _evaluate(self) -> None:
         """Evaluate on the held-out people; the best student so far goes to `best/`."""
         assert self.valid_shards is not None
         self.student.average_buffers()
         self.supervisor.check_data_files(self.valid_shards)
-        with eagerly(self.compiled), self.student.averaged() as model:
-            metrics, people = evaluate(
-                model,
-                self.valid_shards,
-                codec=self.codec,
-                normalization=self.model_config.normalization,
-                padding=self.recipe.data.box_padding,
-                options=self.recipe.evaluate,
-                compare=self.distiller.compare,
-                workers=self.recipe.data.workers,
-                accelerator=self.accelerator,
-                watchdog=self.supervisor.watchdog,
-            )
+        with self.student.averaged() as network:
+            metrics, people = self.score(network, self.model_config, self.valid_shards, self.distiller.compare)
         self.evaluated = self.step
         self.log.evaluation(metrics, self.step, protocol=self.eval_settings)
-        if metrics[self.selection] > self.best:
-            self.best, self.best_metrics = metrics[self.selection], {"step": self.step, **metrics}
+        if metrics[self.selection] > self.best_metrics.get(self.selection, float("-inf")):
+            self.best_metrics = {"step": self.step, **metrics}
             self._save_model("best")
             if self.accelerator.is_main_process:
                 replace_file(self.directory / "predictions" / "valid.json", json.dumps(people))
@@ -331,7 +333,7 @@ class Trainer:
         self.student.average_buffers()
         tensors = self.student.state()
         state = {
-            "samples": self.samples_seen,
+            "samples": self.step * self.recipe.train.global_batch,  # all the state that the data have
             "best_metrics": self.best_metrics,
             "evaluated": self.evaluated,
             "protocol": self.eval_settings,
@@ -364,4 +366,4 @@ class Trainer:
             outputs["teacher"] = (losses.teacher_output, self.distiller.teacher_codec)
         picture = comparison(batch, outputs, self.train_shards.skeleton)
         replace_file(self.directory / "pictures" / f"step_{self.step:08d}.png", encode_picture(picture, ".png"))
-        self.log.picture("people", picture, self.step)
+        self.log.trackers.picture("people", picture, self.step)

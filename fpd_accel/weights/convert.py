@@ -7,13 +7,12 @@ run: the head keeps its fresh weights, and tensors that only classification need
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,29 +21,21 @@ from fpd_accel.models.base import PoseModel
 from fpd_accel.models.hrnet import HRNet
 from fpd_accel.models.names import DEFAULT_INPUT_SIZE, is_model, model_names
 from fpd_accel.models.pose_resnet import PoseResNet
-from fpd_accel.models.vitpose import SIZES, Attention, ViTPose
-from fpd_accel.weights.load import COUNTER, model_shapes, read_tensors
-from fpd_accel.weights.naming import (
-    MMPRETRAIN,
-    VISION_TRANSFORMER,
-    NamingScheme,
-    Placed,
-    place,
-    recognise_layout,
-    with_class_row,
-)
-from fpd_accel.weights.recognise import PUBLISHED_INPUT_SIZES, cells, input_size_of, recognise
+from fpd_accel.models.vitpose import SIZES, ViTPose
+from fpd_accel.weights.load import COUNTER, listing, model_shapes, read_tensors, shapes_of
+from fpd_accel.weights.naming import MMPRETRAIN, VISION_TRANSFORMER, NamingScheme, Placed, place, recognise_layout
+from fpd_accel.weights.recognise import PUBLISHED_INPUT_SIZES, Shapes, cells, input_size_of, recognise
 
 POSITIONS = "backbone.pos_embed"
 FINAL_LAYERS = ("final_layer.weight", "score.0.weight", "keypoint_head.final_layer.weight", "head.weight")
 
-# Tensors that keep their fresh weights when a backbone is loaded, and tensors that only classification needs.
-HEADS = {HRNet: ("final_layer.",), PoseResNet: ("deconv_layers.", "final_layer."), ViTPose: ("keypoint_head.",)}
+# Tensors that keep their fresh weights when a backbone is loaded, and a pattern of those only classification needs.
 CLASSIFIER = r"(?:fc|classifier|head|final_layer|deconv_layers|keypoint_head|incre_modules|downsamp_modules)\."
-BACKBONE_LEFTOVERS = {
-    HRNet: rf"{CLASSIFIER}|stage4\.2\.fuse_layers\.[123]\.",  # fusions into the coarser branches, which no head reads
-    PoseResNet: CLASSIFIER,
-    ViTPose: rf"{CLASSIFIER}|(?:backbone\.)?(?:cls_token|mask_token)$|decoder_",  # MAE keeps its decoder
+HEADS: dict[type[PoseModel], tuple[tuple[str, ...], str]] = {
+    # Fusions into the coarser branches are of no use to the head; MAE keeps its decoder.
+    HRNet: (("final_layer.",), rf"{CLASSIFIER}|stage4\.2\.fuse_layers\.[123]\."),
+    PoseResNet: (("deconv_layers.", "final_layer."), CLASSIFIER),
+    ViTPose: (("keypoint_head.",), rf"{CLASSIFIER}|(?:backbone\.)?(?:cls_token|mask_token)$|decoder_"),
 }
 
 Kind = Literal["matched", "renamed", "set to zero", "missing", "other shape", "left over", "unread"]
@@ -100,16 +91,16 @@ def convert(
     layout = recognise_layout(tensors)
     placed, unread = place(tensors, layout)
     if layout is MMPRETRAIN and POSITIONS in placed:
-        placed[POSITIONS] = _with_class_row(placed[POSITIONS], input_size)
+        sizes = (input_size,) if input_size else PUBLISHED_INPUT_SIZES
+        placed[POSITIONS] = _with_class_row(placed[POSITIONS], map(cells, sizes))
     shapes = {name: tuple(entry.tensor.shape) for name, entry in placed.items()}
     if arch is None:
-        found = recognise(shapes)
-        if found is None or not is_model(found.name):
+        arch = recognise(shapes)
+        if arch is None or not is_model(arch):
             problem = "its names and shapes belong to no pose network known here, so give --arch"
-            if found is not None:
-                problem = f"looks like {found.name}, which this package does not have"
+            if arch is not None:
+                problem = f"looks like {arch}, which this package does not have"
             raise WeightsError(f"{problem}; choices: {', '.join(model_names())}")
-        arch = found.name
     num_keypoints = next((shapes[name][0] for name in FINAL_LAYERS if shapes.get(name)), None)
     if num_keypoints is None:
         raise WeightsError(
@@ -117,8 +108,7 @@ def convert(
         )
     bound = (input_size or input_size_of(shapes)) if arch.startswith("vitpose") else None
     wanted = model_shapes(arch, num_keypoints, input_size=bound or DEFAULT_INPUT_SIZE)
-    weights, entries = _match(wanted, placed)
-    entries += [Entry("unread", name, (name,), "the source's own network does not read it") for name in unread]
+    weights, entries = _match(wanted, placed, unread)
     return Conversion(arch, num_keypoints, layout.name, bound, weights, tuple(entries))
 
 
@@ -133,7 +123,7 @@ def convert_backbone(tensors: Mapping[str, Tensor], model: nn.Module) -> Convers
             number of attention heads, which names and shapes do not show.
     """
     kind = next((kind for kind in HEADS if isinstance(model, kind)), None)
-    if kind is None or not isinstance(model, PoseModel):
+    if kind is None or not isinstance(model, PoseModel):  # the second for the type checker
         raise WeightsError(
             f"no backbone of {type(model).__name__} is published apart; HRNet, PoseResNet and ViTPose have one"
         )
@@ -143,17 +133,15 @@ def convert_backbone(tensors: Mapping[str, Tensor], model: nn.Module) -> Convers
     placed, unread = place(tensors, layout)
     if isinstance(model, ViTPose) and POSITIONS in placed:
         placed[POSITIONS] = _resized(placed[POSITIONS], layout, model.backbone.grid)
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted = {name: shape for name, shape in state.items() if not name.startswith(HEADS[kind])}
-    weights, entries = _match(wanted, placed)
-    allowed = re.compile(BACKBONE_LEFTOVERS[kind])
+    head, leftovers = HEADS[kind]
+    wanted = {name: shape for name, shape in shapes_of(model.state_dict()).items() if not name.startswith(head)}
+    weights, entries = _match(wanted, placed, unread)
     entries = [
         Entry("unread", entry.name, entry.sources, "not of the backbone")
-        if entry.kind == "left over" and allowed.match(layout.rename(entry.name))
+        if entry.kind == "left over" and re.match(leftovers, layout.rename(entry.name))
         else entry
         for entry in entries
     ]
-    entries += [Entry("unread", name, (name,), "the source's own network does not read it") for name in unread]
     size = model.input_size if isinstance(model, ViTPose) else None
     return Conversion(type(model).__name__, model.num_keypoints, layout.name, size, weights, tuple(entries))
 
@@ -173,44 +161,39 @@ def load_backbone(model: nn.Module, path: str | Path) -> str:
     refuse_mistakes(conversion, path)
     model.load_state_dict(conversion.weights, strict=False)  # the head alone is absent
     fresh = len(model.state_dict()) - len(conversion.weights)
-    resized = [entry for entry in conversion.entries if entry.name == POSITIONS and entry.note]
-    changed = "".join(f"; {entry.name} {entry.note}" for entry in resized)
+    changed = "".join(f"; {POSITIONS} {e.note}" for e in conversion.entries if e.name == POSITIONS and e.note)
     return (
         f"{len(conversion.weights)} tensors of the backbone taken from {path} ({conversion.layout} layout), "
         f"{conversion.counts['unread']} of classification left out, {fresh} of the head start fresh{changed}"
     )
 
 
-def refuse_mistakes(conversion: Conversion, source: str | Path, *, shown: int = 4) -> None:
+def refuse_mistakes(conversion: Conversion, source: str | Path) -> None:
     """Raise WeightsError, with counts and examples, if anything is missing, of another shape or left over."""
     if not conversion.mistakes:
         return
     lines = [f"{source}: not the weights of {conversion.arch} ({conversion.layout} layout), so nothing is taken"]
     for kind in WRONG:
-        entries = [entry for entry in conversion.mistakes if entry.kind == kind]
-        if entries:
-            examples = [f"{entry.name} ({entry.note})" if entry.note else entry.name for entry in entries[:shown]]
-            dots = ["..."] if len(entries) > shown else []
-            lines.append(f"  {len(entries)} {kind}: {', '.join(examples + dots)}")
+        names = [f"{e.name} ({e.note})" if e.note else e.name for e in conversion.mistakes if e.kind == kind]
+        if names:
+            lines.append(f"  {len(names)} {kind}: {listing(names)}")
     raise WeightsError("\n".join(lines))
 
 
 def _check_heads(model: ViTPose) -> None:
     """Refuse ViT-Small: its tensors fit, but timm, DeiT and DINO have 6 attention heads, ViTPose has 12."""
-    block = next(module for module in model.modules() if isinstance(module, Attention))
-    width = block.qkv.in_features
-    if width == SIZES["s"].width:
+    if model.backbone.pos_embed.shape[-1] == SIZES["s"].width:
         raise WeightsError(
-            f"a ViT-Small of timm, DeiT or DINO has {width // 64} attention heads, ViTPose-S has {block.heads}: the "
-            "shapes fit, but the network would compute something else; ViT-Base and ViT-Large fit. Give the tensors of "
-            f"one that was trained with {block.heads} heads ViTPose's names (backbone.blocks.0 and so on)"
+            "a ViT-Small of timm, DeiT or DINO has 6 attention heads, ViTPose-S has 12: the shapes fit, but the "
+            "network would compute something else; ViT-Base and ViT-Large fit. Give the tensors of one that was "
+            "trained with 12 heads ViTPose's names (backbone.blocks.0 and so on)"
         )
 
 
 def _match(
-    wanted: Mapping[str, tuple[int, ...]], placed: Mapping[str, Placed]
+    wanted: Shapes, placed: Mapping[str, Placed], unread: Iterable[str]
 ) -> tuple[dict[str, Tensor], list[Entry]]:
-    """Return the tensors that fit, in float32, and an entry for each wanted name and each tensor left over."""
+    """Return the tensors that fit, in float32, and an entry for each wanted name and each other tensor of the file."""
     weights: dict[str, Tensor] = {}
     entries: list[Entry] = []
     counted = any(name.endswith(COUNTER) for name in placed)
@@ -230,7 +213,9 @@ def _match(
         weights[name] = entry.tensor.detach().to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         entries.append(Entry("matched" if entry.sources == (name,) else "renamed", name, entry.sources, entry.note))
     left = [source for name, entry in placed.items() if name not in wanted for source in entry.sources]
-    return weights, entries + [Entry("left over", source, (source,)) for source in left]
+    entries += [Entry("left over", source, (source,)) for source in left]
+    entries += [Entry("unread", name, (name,), "the source's own network does not read it") for name in unread]
+    return weights, entries
 
 
 def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
@@ -242,33 +227,33 @@ def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _with_class_row(positions: Placed, input_size: tuple[int, int] | None) -> Placed:
-    rows = positions.tensor.shape[1] if positions.tensor.ndim == 3 else 0
-    for size in (input_size,) if input_size else PUBLISHED_INPUT_SIZES:
-        if rows in (cells(size), cells(size) + 1):
-            return with_class_row(positions, cells(size))
-    return positions
+def _with_class_row(positions: Placed, numbers: Iterable[int]) -> Placed:
+    """Return MMPose 1.x's position embedding with the row of ViTPose's class token, if a number of patches fits.
+
+    MMPose has no such row, and drops one from a checkpoint. A row of zeros, which is added to every patch, is neutral.
+    """
+    tensor = positions.tensor
+    if tensor.ndim != 3:
+        return positions
+    number = next((number for number in numbers if tensor.shape[1] in (number, number + 1)), None)
+    if number is None:
+        return positions
+    note = "a row of zeros put first" if tensor.shape[1] == number else "first row, which MMPose drops, set to zero"
+    own = tensor[:, -number:]
+    return Placed(torch.cat([torch.zeros_like(own[:, :1]), own], dim=1), positions.sources, note)
 
 
 def _resized(positions: Placed, layout: NamingScheme, grid: tuple[int, int]) -> Placed:
     """Return the position embedding of a square image, or of the same grid, for a grid of (down, across) patches."""
-    tensor = positions.tensor
-    if tensor.ndim != 3:
+    tensor, number = positions.tensor, grid[0] * grid[1]
+    if tensor.ndim != 3 or tensor.shape[1] < 2:
         return positions
-    if layout is MMPRETRAIN and tensor.shape[1] == grid[0] * grid[1]:
-        return with_class_row(positions, grid[0] * grid[1])
+    if layout is MMPRETRAIN and tensor.shape[1] == number:
+        return _with_class_row(positions, [number])
     side = round((tensor.shape[1] - 1) ** 0.5)
-    if tensor.shape[1] == 1 + grid[0] * grid[1] or side**2 != tensor.shape[1] - 1:
+    if tensor.shape[1] == 1 + number or side**2 != tensor.shape[1] - 1:
         return positions
-    note = f"resized from {side} x {side} patches"
-    return Placed(resize_positions(tensor.float(), grid), positions.sources, note)
-
-
-def resize_positions(
-    positions: Float[Tensor, "1 rows channel"], grid: tuple[int, int]
-) -> Float[Tensor, "1 new channel"]:
-    """Interpolate the position embedding of a square grid bicubically to (down, across); keep the class token's row."""
-    side = round((positions.shape[1] - 1) ** 0.5)
-    square = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+    class_row, square = tensor.float().tensor_split([1], dim=1)
+    maps = square.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return Placed(torch.cat([class_row, resized], dim=1), positions.sources, f"resized from {side} x {side} patches")

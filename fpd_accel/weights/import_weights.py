@@ -32,7 +32,6 @@ PREPROCESSOR_NAME = "preprocessor_config.json"  # written by transformers beside
 
 Color = Literal["rgb", "bgr"]
 CodecName = Literal["heatmap", "dark", "udp"]
-Means = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -59,21 +58,8 @@ def import_weights(
 ) -> Imported:
     """Write a model folder with the weights of a published checkpoint, and print a table of all its tensors.
 
-    Args:
-        source: A `.pth`, `.pt`, `.tar` or `.safetensors` file, or a folder with `model.safetensors`.
-        output: The folder to make; it must not exist yet, or be empty.
-        arch: The architecture; None recognises it by names and shapes.
-        skeleton: `coco`, `mpii` or a YAML file with the keypoints.
-        input_size: (height, width) in pixels. None takes the size that a ViTPose's positions are for, else the numbers
-            in the file's name, else with a warning 256 x 192 (256 x 256 for hourglasses and the 16 keypoints of MPII).
-        color: Channel order that the network was trained on. None: bgr for the Hourglass and PoseResNet of the HRNet
-            and FPD repositories, whose configurations have COLOR_RGB: false; rgb for all others.
-        codec: Encoding of the keypoints that the network was trained on. None: udp for ViTPose, as all published ones
-            were; for MMPose `udp` or `dark` if the file's name has it, else with a warning heatmap; heatmap for others.
-        sigma: Standard deviation of its heatmaps, in cells. None: 2 for ViTPose and for heights below 384, else 3.
-        mean: Subtracted from each channel, which is from 0 to 1, in the order of `color`. None takes the value of a
-            transformers folder's `preprocessor_config.json`, else ImageNet's.
-        std: Divides each channel; None as for `mean`.
+    The arguments are those of the command, whose help says what stands in for those left out. `source` is a `.pth`,
+    `.pt`, `.tar` or `.safetensors` file, or a folder with `model.safetensors`; `input_size` is (height, width).
 
     Raises:
         UserError: The file cannot be read safely, is of no known network, or does not match it tensor by tensor;
@@ -90,19 +76,20 @@ def import_weights(
     if (problem := input_problem(conversion.arch, size)) is not None:
         raise ModelError(f"--input-size: {problem}")
     file = source / WEIGHTS_NAME if source.is_dir() else source
-    name, codec_reason = _choose_codec(source, conversion, codec)
-    order, color_reason = _choose_color(conversion, color)
-    normalization, normalization_reason = _choose_normalization(source, order, mean, std)
+    large = size[0] >= LARGE_SIGMA_HEIGHT and not conversion.arch.startswith("vitpose")
+    reasons: dict[str, str] = {}
+    name, reasons["codec"] = _choose_codec(source, conversion, codec)
+    order, reasons["color"] = _choose_color(conversion, color)
+    normalization, reasons["normalization"] = _choose_normalization(source, order, mean, std)
     config = ModelConfig(
         arch=conversion.arch,
         skeleton=keypoints,
         input_size=size,
-        codec=Codec(name=name, sigma=_choose_sigma(conversion, size) if sigma is None else sigma),
+        codec=Codec(name=name, sigma=sigma or (3.0 if large else 2.0)),
         normalization=normalization,
         source={"file": source.name, "sha256": sha256(file), "layout": conversion.layout},
     )
     _write(output, conversion, config)
-    reasons = {"color": color_reason, "codec": codec_reason, "normalization": normalization_reason}
     return Imported(config, conversion, reasons)
 
 
@@ -174,25 +161,19 @@ def _choose_codec(source: Path, conversion: Conversion, given: CodecName | None)
     return "heatmap", "assumed"
 
 
-def _choose_sigma(conversion: Conversion, size: tuple[int, int]) -> float:
-    return 3.0 if size[0] >= LARGE_SIGMA_HEIGHT and not conversion.arch.startswith("vitpose") else 2.0
-
-
 def _choose_normalization(
     source: Path, color: Color, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Normalization, str]:
     """Return the normalisation and the reason for it."""
-    default, reason = Normalization(), "ImageNet's, assumed"
-    stored_mean, stored_std = default.mean, default.std
-    path = source / PREPROCESSOR_NAME
+    path, reason = source / PREPROCESSOR_NAME, "ImageNet's, assumed"
+    stored: dict[str, Any] = {"image_mean": Normalization().mean, "image_std": Normalization().std}
     if path.is_file() and (mean is None or std is None):
-        stored = _read_preprocessor(path)
-        if stored.get("do_normalize", True):
-            stored_mean = _three(stored.get("image_mean", stored_mean), f"{path}: image_mean")
-            stored_std = _three(stored.get("image_std", stored_std), f"{path}: image_std", positive=True)
-        else:
-            stored_mean, stored_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         reason = f"from {PREPROCESSOR_NAME}"
+        stored |= _read_preprocessor(path)
+        if not stored.get("do_normalize", True):
+            stored = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    stored_mean = _three(stored["image_mean"], f"{path}: image_mean")
+    stored_std = _three(stored["image_std"], f"{path}: image_std", positive=True)
     if mean is not None or std is not None:
         reason = "given" if mean is not None and std is not None else f"given in part, else {reason}"
     chosen_mean = stored_mean if mean is None else _three(mean, "--mean")
@@ -210,7 +191,7 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
     return stored
 
 
-def _three(values: object, name: str, *, positive: bool = False) -> Means:
+def _three(values: object, name: str, *, positive: bool = False) -> tuple[float, float, float]:
     """Return three numbers from 0 to 1; raise WeightsError for anything else."""
     try:
         first, second, third = (float(value) for value in values)  # type: ignore[attr-defined]
@@ -226,10 +207,8 @@ def _three(values: object, name: str, *, positive: bool = False) -> Means:
 
 
 def _choose_input_size(source: Path, conversion: Conversion, given: tuple[int, int] | None) -> tuple[int, int]:
-    if given is not None:
-        return given
-    if conversion.input_size is not None:
-        return conversion.input_size
+    if known := given or conversion.input_size:
+        return known
     if named := SIZE_IN_NAME.search(source.name):
         return int(named[1]), int(named[2])
     mpii = conversion.arch.startswith("hourglass_") or conversion.num_keypoints == MPII.num_keypoints

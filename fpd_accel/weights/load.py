@@ -1,6 +1,7 @@
 """Load the weights of a file into a model, strictly: all of them, or none and an error that lists the differences."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fpd_accel.models.create import create_model
 from fpd_accel.models.names import DEFAULT_INPUT_SIZE, is_model
 from fpd_accel.weights.naming import ORIGINAL, VITPOSE, recognise_layout
 from fpd_accel.weights.pickle_reader import read_checkpoint
-from fpd_accel.weights.recognise import input_size_of, recognise
+from fpd_accel.weights.recognise import Shapes, input_size_of, recognise
 
 WEIGHTS_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".pth", ".pt", ".tar")
@@ -28,21 +29,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     One exception: a file without any normalisation counters, as PyTorch before 0.4.1 wrote (the published
     `pose_resnet_*.pth.tar` are such files), fits; the counters become zero. No computation here reads them.
 
-    Args:
-        model: The network to load into.
-        path: A `.safetensors` file, a folder with `model.safetensors`, or a `.pth`, `.pt` or `.tar` of PyTorch, from
-            which only tensors are unpickled.
+    `path` is a `.safetensors` file, a folder with `model.safetensors`, or a `.pth`, `.pt` or `.tar` of PyTorch, from
+    which only tensors are unpickled.
 
     Raises:
         WeightsError: The file is missing, unreadable, or differs from the model in names or shapes. The model is
             unchanged.
     """
     path = Path(path)
-    tensors = read_tensors(path)
-    wanted = model.state_dict()
+    tensors, state = read_tensors(path), model.state_dict()
     if not any(name.endswith(COUNTER) for name in tensors):
-        tensors |= {name: torch.zeros_like(value) for name, value in wanted.items() if name.endswith(COUNTER)}
-    check_fit(path, model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        tensors |= {name: torch.zeros_like(value) for name, value in state.items() if name.endswith(COUNTER)}
+    shapes, wanted = shapes_of(tensors), shapes_of(state)
+    if shapes != wanted:
+        raise WeightsError(f"{path}: the weights do not fit {type(model).__name__}: {misfit(model, shapes, wanted)}")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
             raise WeightsError(f"{path}: {name} is stored in a form that cannot be copied into a model")
@@ -69,32 +69,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: damaged, or not a safetensors file ({error})") from error
 
 
-def check_fit(path: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise WeightsError, with counts, examples and advice, unless a file's names and shapes are the model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing = [name for name in wanted if name not in shapes]
-    unexpected = sorted(name for name in shapes if name not in wanted)
+def misfit(model: nn.Module, shapes: Shapes, wanted: Shapes) -> str:
+    """Return advice, counts and examples for a file whose names and shapes are not the model's."""
     misshapen = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
-    if not (missing or unexpected or misshapen):
-        return
-    lines = [f"{path}: the weights do not fit {type(model).__name__}: {advice(model, shapes, wanted)}"]
-    if missing:
-        lines.append(f"  {len(missing)} of {len(wanted)} missing in the file: {listing(missing)}")
-    if unexpected:
-        lines.append(f"  {len(unexpected)} unknown to the model: {listing(unexpected)}")
-    if misshapen:
-        described = (f"{name} is {shapes[name]} in the file, {wanted[name]} in the model" for name in misshapen)
-        lines.append(f"  {len(misshapen)} of another shape: {listing(described)}")
-    raise WeightsError("\n".join(lines))
+    differences = {
+        f"of {len(wanted)} missing in the file": [name for name in wanted if name not in shapes],
+        "unknown to the model": sorted(name for name in shapes if name not in wanted),
+        "of another shape": [f"{n} is {shapes[n]} in the file, {wanted[n]} in the model" for n in misshapen],
+    }
+    lines = [f"  {len(entries)} {kind}: {listing(entries)}" for kind, entries in differences.items() if entries]
+    return "\n".join([advice(model, shapes, wanted), *lines])
 
 
-def listing(entries: Iterable[str]) -> str:
+def listing(entries: Sequence[str]) -> str:
     """Return the first few entries, with dots if there are more."""
-    shown = list(entries)
-    return ", ".join(shown[:SHOWN] + ["..."] * (len(shown) > SHOWN))
+    return ", ".join([*entries[:SHOWN], *["..."] * (len(entries) > SHOWN)])
 
 
-def advice(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def advice(model: nn.Module, shapes: Shapes, wanted: Shapes) -> str:
     """Return the probable mistake and the remedy, from the names and shapes of the file and of the model."""
     if not isinstance(model, PoseModel):
         return "they are of another model"
@@ -105,55 +97,42 @@ def advice(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], wanted: Mapp
         )
     if sum(shapes.get(name) == shape for name, shape in wanted.items()) > 0.9 * len(wanted):
         return "they are incomplete, or of a variant of this architecture; load a file that was saved from this one"
-    if (other := other_library(shapes)) is not None:
-        return other
+    try:
+        layout = recognise_layout(shapes)
+    except WeightsError as error:
+        return str(error)
+    if layout not in (ORIGINAL, VITPOSE):
+        return f"its names are those of {layout.name}; make a model folder of it with `fpd-accel import-weights`"
     if name := known_architecture(shapes, model.num_keypoints):
         return f"these look like weights of another architecture, {name}; create that model, or load another file"
     return "these look like weights of another architecture; load a file that was saved from this one"
 
 
-def other_library(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return advice for a file whose names are those of another library, else None."""
-    try:
-        layout = recognise_layout(shapes)
-    except WeightsError as error:
-        return str(error)
-    if layout in (ORIGINAL, VITPOSE):
-        return None
-    return f"its names are those of {layout.name}; make a model folder of it with `fpd-accel import-weights`"
-
-
-def other_keypoints(
-    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], num_keypoints: int
-) -> int | None:
+def other_keypoints(shapes: Shapes, wanted: Shapes, num_keypoints: int) -> int | None:
     """Return the file's number of keypoints if it is the only difference from the model, else None."""
-    differences: set[tuple[int, int]] = set()
-    for name, shape in wanted.items():
-        if len(shapes[name]) != len(shape):
-            return None
-        differences |= {sizes for sizes in zip(shapes[name], shape, strict=True) if sizes[0] != sizes[1]}
-    if len(differences) != 1:
-        return None
-    theirs, ours = differences.pop()
-    return theirs if ours == num_keypoints else None
+    pairs = {pair for name, shape in wanted.items() for pair in zip_longest(shapes[name], shape)}
+    differences = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
+    return differences[0][0] if len(differences) == 1 and differences[0][1] == num_keypoints else None
 
 
-def known_architecture(shapes: Mapping[str, tuple[int, ...]], num_keypoints: int) -> str | None:
+def known_architecture(shapes: Shapes, num_keypoints: int) -> str | None:
     """Return the name of the architecture with the file's parameters, whatever the number of keypoints, or None."""
-    found = recognise(shapes)
-    if found is None or not is_model(found.name):
+    name = recognise(shapes)
+    if name is None or not is_model(name):
         return None
     stored = {name: shape for name, shape in shapes.items() if not name.endswith(COUNTER)}
-    candidate = model_shapes(found.name, num_keypoints, input_size=input_size_of(shapes) or DEFAULT_INPUT_SIZE)
+    candidate = model_shapes(name, num_keypoints, input_size=input_size_of(shapes) or DEFAULT_INPUT_SIZE)
     known = {name: shape for name, shape in candidate.items() if not name.endswith(COUNTER)}
     same = known == stored or (known.keys() == stored.keys() and other_keypoints(stored, known, num_keypoints))
-    return found.name if same else None
+    return name if same else None
 
 
-def model_shapes(
-    name: str, num_keypoints: int, *, input_size: tuple[int, int] = DEFAULT_INPUT_SIZE
-) -> dict[str, tuple[int, ...]]:
+def model_shapes(name: str, num_keypoints: int, *, input_size: tuple[int, int] = DEFAULT_INPUT_SIZE) -> Shapes:
     """Return the names and shapes of a network's state dict, built without memory or initialisation."""
     with torch.device("meta"):
-        state = create_model(name, num_keypoints, input_size=input_size).state_dict()
+        return shapes_of(create_model(name, num_keypoints, input_size=input_size).state_dict())
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    """Return the names and shapes of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

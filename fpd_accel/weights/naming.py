@@ -151,16 +151,3 @@ def place(tensors: Mapping[str, Tensor], layout: NamingScheme) -> tuple[dict[str
         else:  # incomplete: the parts keep their own names, and are reported as left over
             placed |= {source: Placed(tensors[source], (source,)) for source in sources.values()}
     return placed, unread
-
-
-def with_class_row(positions: Placed, cells: int) -> Placed:
-    """Return MMPose 1.x's position embedding with the row of ViTPose's class token, for a grid of `cells` patches.
-
-    MMPose has no such row, and drops one from a checkpoint. A row of zeros, which is added to every patch, is neutral.
-    """
-    tensor = positions.tensor
-    if tensor.ndim != 3 or tensor.shape[1] not in (cells, cells + 1):
-        return positions
-    note = "a row of zeros put first" if tensor.shape[1] == cells else "first row, which MMPose drops, set to zero"
-    own = tensor[:, -cells:]
-    return Placed(torch.cat([torch.zeros_like(own[:, :1]), own], dim=1), positions.sources, note)

@@ -26,10 +26,6 @@ class Ignored:
     def __init__(self, *arguments: object) -> None:
         """Accept any arguments."""
 
-    def __new__(cls, *arguments: object) -> "Ignored":  # noqa: ARG004
-        """Accept any arguments of a pickle that skips the initialisation."""
-        return super().__new__(cls)
-
     def __setstate__(self, state: object) -> None:
         """Accept any state."""
 
@@ -45,7 +41,7 @@ STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a `.pth` file, on the CPU.
 
     The weights may be at the top of the file or under `state_dict`, `best_state_dict` or `model`, as in training
@@ -53,11 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     plain containers are unpickled, so no code in the file can run.
 
     Raises:
-        WeightsError: The file is missing or damaged, needs more than tensors and plain containers, or has no weights.
+        WeightsError: The file is damaged, needs more than tensors and plain containers, or has no weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: there is no such file")
     try:
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             # PyTorch warns of unusual content before it refuses or returns it; the checks below report all of it.
@@ -82,12 +75,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-MMENGINE_HINT = (
-    " (the meta and message_hub that MMPose 1.x stores beside the weights are not needed: "
-    "torch.save(checkpoint['state_dict'], 'weights.pth') leaves them out)"
-)
-
-
 def unreadable(path: Path, error: Exception) -> str:
     """Return the reason why a file could not be unpickled, in one line."""
     if path.stat().st_size == 0:
@@ -97,10 +84,13 @@ def unreadable(path: Path, error: Exception) -> str:
         return f"damaged, or not a PyTorch checkpoint ({type(error).__name__}: {reason[:200]})"
     # PyTorch's own message advises to unpickle without its guard, which is unsafe for a file from elsewhere.
     if needed := re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error)):
-        hint = MMENGINE_HINT if needed[1].startswith("mm") else ""
+        hint = (
+            " (the meta and message_hub that MMPose 1.x stores beside the weights are not needed: "
+            "torch.save(checkpoint['state_dict'], 'weights.pth') leaves them out)"
+        )
         return (
             f"refused, because unpickling it would run code: it needs {needed[1]}; if you trust it, load it with its "
-            f"own library, save the bare state_dict, and use that file{hint}"
+            f"own library, save the bare state_dict, and use that file{hint if needed[1].startswith('mm') else ''}"
         )
     return "damaged, or not a PyTorch checkpoint"
 

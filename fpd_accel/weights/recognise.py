@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fpd_accel.models.vitpose import PATCH, SIZES
 
@@ -19,25 +18,20 @@ RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
 PUBLISHED_INPUT_SIZES = ((256, 192), (384, 288), (256, 256), (384, 384), (512, 384))  # (height, width) in pixels
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """The name of a network, which may be of a size that `create_model` does not build, and its keypoints."""
+def recognise(shapes: Shapes) -> str | None:
+    """Return the name of the network that these names and shapes indicate, or None.
 
-    name: str
-    num_keypoints: int
-
-
-def recognise(shapes: Shapes) -> Recognised | None:
-    """Return the network that these names and shapes indicate, or None; a few missing or unknown ones are ignored."""
+    A few missing or unknown tensors are ignored. The name may be of a size that `create_model` does not build.
+    """
     for final, name_of in (
-        ("score.0.weight", hourglass),
-        ("keypoint_head.final_layer.weight", vitpose),
-        ("final_layer.weight", hrnet),
-        ("final_layer.weight", pose_resnet),
-        ("head.weight", tiny),
+        ("score.0.weight", _hourglass),
+        ("keypoint_head.final_layer.weight", _vitpose),
+        ("final_layer.weight", _hrnet),
+        ("final_layer.weight", _pose_resnet),
+        ("head.weight", _tiny),
     ):
         if len(shapes.get(final, ())) == 4 and (name := name_of(shapes)):
-            return Recognised(name, shapes[final][0])
+            return name
     return None
 
 
@@ -54,41 +48,36 @@ def cells(input_size: tuple[int, int]) -> int:
     return (input_size[0] // PATCH) * (input_size[1] // PATCH)
 
 
-def hourglass(shapes: Shapes) -> str | None:
-    """Return the name of a stacked hourglass with these shapes, or None."""
-    stacks = count(shapes, r"score\.(\d+)\.weight$")
+def _hourglass(shapes: Shapes) -> str | None:
+    stacks = _count(shapes, r"score\.(\d+)\.weight$")
     return f"hourglass_{stacks}x{shapes['score.0.weight'][1]}" if "hg.0.hg.0.0.0.conv1.weight" in shapes else None
 
 
-def vitpose(shapes: Shapes) -> str | None:
-    """Return the name of a ViTPose with these shapes, or None."""
+def _vitpose(shapes: Shapes) -> str | None:
     positions = shapes.get("backbone.pos_embed", ())
     letters = {size.width: letter for letter, size in SIZES.items()}
     size = letters.get(positions[-1]) if positions else None
-    if size is None or count(shapes, r"backbone\.blocks\.(\d+)\.") != SIZES[size].depth:
+    if size is None or _count(shapes, r"backbone\.blocks\.(\d+)\.") != SIZES[size].depth:
         return None
     classic = "keypoint_head.deconv_layers.0.weight" in shapes
     return f"vitpose_{size}" if classic else f"vitpose_{size}_simple"
 
 
-def hrnet(shapes: Shapes) -> str | None:
-    """Return the name of an HRNet with these shapes, or None."""
+def _hrnet(shapes: Shapes) -> str | None:
     finest = shapes.get("stage4.0.branches.0.0.conv1.weight")
     return f"hrnet_w{finest[0]}" if finest else None
 
 
-def pose_resnet(shapes: Shapes) -> str | None:
-    """Return the name of a PoseResNet with these shapes, or None."""
-    blocks = tuple(count(shapes, rf"layer{layer}\.(\d+)\.") for layer in (1, 2, 3, 4))
+def _pose_resnet(shapes: Shapes) -> str | None:
+    blocks = tuple(_count(shapes, rf"layer{layer}\.(\d+)\.") for layer in (1, 2, 3, 4))
     depth = RESNET_DEPTHS.get((blocks, "layer1.0.conv3.weight" in shapes))
     return f"pose_resnet_{depth}" if depth and "deconv_layers.0.weight" in shapes else None
 
 
-def tiny(shapes: Shapes) -> str | None:
-    """Return the name of a tiny network with these shapes, or None."""
+def _tiny(shapes: Shapes) -> str | None:
     return f"tiny_w{shapes['head.weight'][1]}" if "down8.0.weight" in shapes else None
 
 
-def count(shapes: Shapes, pattern: str) -> int:
+def _count(shapes: Shapes, pattern: str) -> int:
     """Return one more than the largest number that matches the pattern's group, or 0."""
     return max((int(found[1]) + 1 for name in shapes if (found := re.match(pattern, name))), default=0)

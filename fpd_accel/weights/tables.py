@@ -1,5 +1,6 @@
 """Tables of model folders and converted weights."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,24 +95,20 @@ def show_conversion(source: Path, conversion: Conversion) -> None:
 def _row(entry: Entry) -> tuple[str, str, str, str]:
     """Return (kind, result, name in the file, name here), which is the same for tensors that share a row."""
     result = f"{entry.kind}: {entry.note}" if entry.note else entry.kind
+    in_file = here = ""
     match entry.kind:
-        case "matched" | "set to zero":
-            return entry.kind, result, "", ""
         case "missing" | "other shape":
-            return entry.kind, result, "", entry.name
+            here = entry.name
         case "left over":
-            return entry.kind, result, entry.name, ""
+            in_file = entry.name
         case "unread":
-            return entry.kind, result, f"{entry.name.split('.')[0]}.*", ""
+            in_file = f"{entry.name.split('.')[0]}.*"
         case "renamed":
-            old, new = (_numberless(name) for name in (entry.sources[0], entry.name))
+            old, new = (re.sub(r"\b\d+\b", "N", name).split(".") for name in (entry.sources[0], entry.name))
             while old and new and old[-1] == new[-1]:  # an equal ending needs no row of its own
                 old, new = old[:-1], new[:-1]
-            return entry.kind, result, ".".join([*old, "*"]), ".".join([*new, "*"])
-
-
-def _numberless(name: str) -> list[str]:
-    return ["N" if part.isdigit() else part for part in name.split(".")]
+            in_file, here = ".".join([*old, "*"]), ".".join([*new, "*"])
+    return entry.kind, result, in_file, here
 
 
 def _print(title: str, table: Table) -> None:

@@ -41,14 +41,13 @@ def targets(
     """Return the targets of a batch, collated as by a loader, and their weights (batch, joint, 1)."""
     people = zip(keypoints, visible, strict=True)
     pairs = [draw_target(own, shown, input_size, heatmap_size, sigma) for own, shown in people]
-    return (
-        torch.stack([torch.from_numpy(heatmaps) for heatmaps, _ in pairs]),
-        torch.stack([torch.from_numpy(weights) for _, weights in pairs]),
-    )
+    heatmaps, weights = (torch.stack([torch.from_numpy(own) for own in arrays]) for arrays in zip(*pairs, strict=True))
+    return heatmaps, weights
 
 
-def decode(heatmaps: np.ndarray, centers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def decode(output: Tensor, centers: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return keypoints (batch, joint, 2) in image pixels and maxima (batch, joint, 1)."""
+    heatmaps = output.clone().cpu().numpy()
     coordinates, maxima = find_maxima(heatmaps)
     height, width = heatmaps.shape[2], heatmaps.shape[3]
     for n in range(coordinates.shape[0]):
@@ -93,15 +92,11 @@ def rescore_and_suppress(
             person["score"] = total * person["score"]
         keep = _suppress(own, threshold, np.array(sigmas), soft=soft)
         kept_by_image[image] = [own[number] for number in keep] if len(keep) else own
-    return _coco_results(kept_by_image, len(sigmas))
-
-
-def _coco_results(by_image: dict[int, list[Result]], joints: int) -> list[Result]:
     results = []
-    for image, own in by_image.items():
+    for image, own in kept_by_image.items():
         keypoints = np.array([person["keypoints"] for person in own])
-        flat = np.zeros((len(own), joints * 3), dtype=np.float64)
-        for joint in range(joints):
+        flat = np.zeros((len(own), len(sigmas) * 3), dtype=np.float64)
+        for joint in range(len(sigmas)):
             for value in range(3):
                 flat[:, joint * 3 + value] = keypoints[:, joint, value]
         results += [
@@ -155,10 +150,7 @@ def read_truth(truth: dict[str, Any], folder: Path) -> Any:
 
 
 def average_precision(truth: Any, results: list[Result], sigmas: Sequence[float], folder: Path) -> list[float]:
-    """Return the ten numbers of `pycocotools`, passing the results through a JSON file as the original does.
-
-    `truth` is the dataset that `read_truth` returns.
-    """
+    """Return the ten numbers of `pycocotools`, passing the results through a JSON file as the original does."""
     from pycocotools.cocoeval import COCOeval
 
     found = folder / "results.json"

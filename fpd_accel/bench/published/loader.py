@@ -42,14 +42,12 @@ class Record:
 class PublishedDataset(Dataset[Item]):
     """Samples `range(count)` of a stream over one labelled dataset, made as by the published loader."""
 
-    def __init__(self, stream: PoseStream, count: int, *, sigma: int = 2) -> None:
+    def __init__(self, stream: PoseStream, count: int) -> None:
         assert stream.augment is not None
         assert len(stream.sources) == 1
-        self.shards, self.augment = stream.sources[0].shards, stream.augment
-        self.skeleton = stream.skeleton
-        height, width = stream.input_size
-        self.input_size, self.heatmap_size, self.sigma = (height, width), (height // 4, width // 4), sigma
-        self._aspect = width / height
+        self.shards, self.augment, self.skeleton = stream.sources[0].shards, stream.augment, stream.skeleton
+        height, width = self.input_size = stream.input_size
+        self.heatmap_size, self._aspect = (height // 4, width // 4), width / height
         self.transform = Compose([ToTensor(), Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])])
         self.records = self._records(stream, [stream.place(sample) for sample in range(count)])
 
@@ -71,8 +69,8 @@ class PublishedDataset(Dataset[Item]):
         for i, place in enumerate(places):
             width, height = images["width"][i], images["height"][i]
             x, y, w, h = map(float, self.shards.box_to_crop(people["box"][i], width=width, height=height))
-            middle = np.array([x + w * 0.5, y + h * 0.5], dtype=np.float32)
-            center, scale = _center_scale(middle, w, h, self._aspect, stream.padding)
+            center = np.array([x + w * 0.5, y + h * 0.5], dtype=np.float32)
+            scale = self._scale(w, h, stream.padding)
             keypoints = people["keypoints"][i].reshape(-1, 3)
             joints, visible = np.zeros((len(keypoints), 3)), np.zeros((len(keypoints), 3))
             joints[:, :2], visible[:, :2] = keypoints[:, :2], keypoints[:, 2:] > 0
@@ -91,16 +89,20 @@ class PublishedDataset(Dataset[Item]):
         center, scale = record.center.copy(), record.scale
         augment, gates, normals = self.augment, record.gates, record.normals
         if np.sum(visible[:, 0]) > augment.half_body_minimum and gates[0] < augment.half_body:
-            half_center, half_scale = self._half_body(joints, visible, upper=bool(gates[1] < augment.upper_body))
-            if half_center is not None and half_scale is not None:
-                center, scale = half_center, half_scale
+            half = self._half_body(joints, visible, upper=bool(gates[1] < augment.upper_body))
+            center, scale = half or (center, scale)
         scale = scale * np.clip(normals[0] * augment.scale + 1, 1 - augment.scale, 1 + augment.scale)
         limit = 2 * augment.rotation
         angle = np.clip(normals[1] * augment.rotation, -limit, limit)
         rotation = float(angle) if gates[2] <= augment.rotation_probability else 0.0
         if gates[3] <= augment.flip:
             pixels = pixels[:, ::-1, :]
-            joints, visible = self._mirror_joints(joints, visible, pixels.shape[1])
+            joints[:, 0] = pixels.shape[1] - joints[:, 0] - 1
+            for left, right in enumerate(self.skeleton.flip_index):
+                if left < right:
+                    joints[left, :], joints[right, :] = joints[right, :], joints[left, :].copy()
+                    visible[left, :], visible[right, :] = visible[right, :], visible[left, :].copy()
+            joints = joints * visible
             center[0] = pixels.shape[1] - center[0] - 1
         matrix = cv2.getAffineTransform(*corresponding_points(center, scale, rotation, self.input_size))
         crop = cv2.warpAffine(pixels, matrix, self.input_size[::-1], flags=cv2.INTER_LINEAR)
@@ -113,9 +115,9 @@ class PublishedDataset(Dataset[Item]):
 
     def _half_body(
         self, joints: np.ndarray, visible: np.ndarray, *, upper: bool
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        upper_joints: list[np.ndarray] = []
-        lower_joints: list[np.ndarray] = []
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return centre and scale of the half with enough joints, or None."""
+        upper_joints, lower_joints = list[np.ndarray](), list[np.ndarray]()
         for joint in range(len(joints)):
             if visible[joint][0] > 0:
                 own = upper_joints if joint in self.skeleton.upper_body_indices else lower_joints
@@ -125,33 +127,20 @@ class PublishedDataset(Dataset[Item]):
         else:
             selected = lower_joints if len(lower_joints) > 2 else upper_joints
         if len(selected) < 2:
-            return None, None
+            return None
         points = np.array(selected, dtype=np.float32)
         first, last = np.amin(points, axis=0), np.amax(points, axis=0)
         width, height = float(last[0] - first[0]), float(last[1] - first[1])
-        return _center_scale(points.mean(axis=0)[:2], width, height, self._aspect, 1.5)
+        return points.mean(axis=0)[:2], self._scale(width, height, 1.5)
 
-    def _mirror_joints(
-        self, joints: np.ndarray, visible: np.ndarray, image_width: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        joints[:, 0] = image_width - joints[:, 0] - 1
-        for left, right in enumerate(self.skeleton.flip_index):
-            if left < right:
-                joints[left, :], joints[right, :] = joints[right, :], joints[left, :].copy()
-                visible[left, :], visible[right, :] = visible[right, :], visible[left, :].copy()
-        return joints * visible, visible
+    def _scale(self, width: float, height: float, factor: float) -> np.ndarray:
+        """Return the scale of a box whose shorter side grows to the crop's aspect ratio, then both by `factor`."""
+        if width > self._aspect * height:
+            height = width / self._aspect
+        elif width < self._aspect * height:
+            width = height * self._aspect
+        return np.array([width / PIXELS_PER_SCALE, height / PIXELS_PER_SCALE], dtype=np.float32) * factor
 
     def generate_target(self, joints: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the heatmaps of all joints and their weights in the loss (joint, 1)."""
-        return draw_target(joints, visible[:, 0], self.input_size, self.heatmap_size, self.sigma)
-
-
-def _center_scale(
-    center: np.ndarray, width: float, height: float, aspect: float, factor: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Grow the shorter side to the crop's aspect ratio, then both by `factor`; return centre and scale."""
-    if width > aspect * height:
-        height = width / aspect
-    elif width < aspect * height:
-        width = height * aspect
-    return center, np.array([width / PIXELS_PER_SCALE, height / PIXELS_PER_SCALE], dtype=np.float32) * factor
+        return draw_target(joints, visible[:, 0], self.input_size, self.heatmap_size, sigma=2)

@@ -1,21 +1,14 @@
 """The published training step, and an eager rewrite of it as most training loops would have it.
 
 Source: ilovepose/fast-human-pose-estimation.pytorch at c4722f8, lib/core/function.py (lines 98-160), loss.py (21-39)
-and evaluate.py (16-71), rewritten from a description of their behaviour. The variants of `fpd-accel bench step`:
-
-    published          float32, NCHW; the loader's workers normalise images and draw targets, so float tensors are
-                       copied to the device; the teacher is in evaluation mode but records gradients: its graph is kept,
-                       the loss is differentiated with respect to the teacher's output, and the teacher's gradients
-                       accumulate because they are never zeroed; one loss term per joint; Adam; three `.item()` and a
-                       NumPy accuracy, person by person, in every step
-    published_no_grad  the same, but the teacher records no gradients
-    eager              the same inputs in NCHW; autocast to bf16, no gradients of the teacher, one loss term for all
-                       joints; `.item()` and an accuracy on the device in every step
+and evaluate.py (16-71), rewritten from a description of their behaviour. `bench.VARIANTS` lists the variants. All get
+float tensors in NCHW, since the published loader's workers normalise images and draw targets, and train with Adam. The
+published teacher is in evaluation mode but records gradients: its graph is kept, the loss is differentiated with
+respect to the teacher's output, and the teacher's gradients accumulate because they are never zeroed.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +28,7 @@ Maps = Float[Tensor, "batch joint height width"]
 Weights = Float[Tensor, "batch joint 1"]
 
 
-@dataclass(frozen=True)
-class FloatBatch:
+class FloatBatch(NamedTuple):
     """A batch as the published loader returns it: normalised float images and drawn targets."""
 
     images: Float[Tensor, "batch 3 height width"]
@@ -45,7 +37,7 @@ class FloatBatch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "FloatBatch":
         """Return the batch with `function` applied to each tensor."""
-        return FloatBatch(function(self.images), function(self.target), function(self.weight))
+        return FloatBatch(*map(function, self))
 
 
 def float_batch(batch: Batch, codec: HeatmapCodec) -> FloatBatch:
@@ -101,7 +93,6 @@ class PublishedStep:
         self.teacher_gradients = teacher_gradients
         self.teacher.requires_grad_(teacher_gradients)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=RATE)
-        self.accuracy = 0.0  # of the last step
 
     def run(self, batches: Sequence[FloatBatch]) -> list[float]:
         """Take one step per batch; return total, pose and distillation loss of the last one."""
@@ -112,7 +103,7 @@ class PublishedStep:
             terms.total.backward()
             self.optimizer.step()
             values = [term.item() for term in terms]
-            self.accuracy = self.measure(predicted.detach(), target)
+            self.measure(predicted.detach(), target)
         return values
 
     def losses(self, batch: FloatBatch) -> list[float]:
@@ -156,7 +147,7 @@ class EagerStep(PublishedStep):
 
     def forward(self, batch: FloatBatch) -> tuple[Terms, Maps, Maps]:
         """Return the loss terms, the student's last heatmaps and the target, on the device."""
-        images, target, weight = (self._copy(tensor) for tensor in (batch.images, batch.target, batch.weight))
+        images, target, weight = batch.map(self._copy)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
             outputs, taught = self.student(images), self._teach(images).float()
         pose = torch.stack([self._mse(output, target, weight) for output in outputs]).sum()

@@ -95,11 +95,7 @@ def cache_root() -> Path:
 
 
 def read_description(path: Path | str) -> bytes:
-    """Return the content of a dataset's `dataset.json`; for a URL that cannot be reached, the last one downloaded.
-
-    Raises:
-        DataError: The file does not exist or cannot be read.
-    """
+    """Return the content of a dataset's `dataset.json`; for a URL that cannot be reached, the last one downloaded."""
     if not is_url(path):
         try:
             return (Path(path) / "dataset.json").read_bytes()
@@ -134,18 +130,16 @@ def _read(url: str) -> bytes:
 
 
 def with_retries(url: str, read: Callable[[], Result]) -> Result:
-    """Return the result of `read`, retried after each of `RETRY_DELAYS`.
-
-    Raises:
-        DataError: The file does not exist or cannot be used, or the last try failed.
-    """
+    """Return the result of `read`, retried after each of `RETRY_DELAYS`; raise its last error as DataError."""
     for delay in (*RETRY_DELAYS, None):
         try:
             return read()
         except DataError:
             raise
         except Exception as raised:  # each file system has its own errors
-            error = _actual_error(raised)
+            # fsspec's HTTP reports an unreachable server as a missing file, with the actual error as its cause.
+            is_hidden = isinstance(raised, FileNotFoundError) and getattr(raised.__cause__, "status", None) != 404
+            error = (raised.__cause__ or raised) if is_hidden else raised
             if isinstance(error, FileNotFoundError):
                 raise DataError(f"{url}: no such file; `fpd-accel publish` writes datasets for URLs") from None
             reason = f"{url}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
@@ -157,32 +151,21 @@ def with_retries(url: str, read: Callable[[], Result]) -> Result:
     raise AssertionError("the last try returns or raises")
 
 
-def _actual_error(error: Exception) -> BaseException:
-    """Return the error, or its cause where fsspec's HTTP reports an unreachable server as a missing file."""
-    cause = error.__cause__
-    hidden = isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) != 404
-    return cause if hidden and cause is not None else error
-
-
 @dataclass(frozen=True)
 class Published:
     """The files of a published dataset, and their cache. Picklable."""
 
     path: Path | str
     layout: PublishedLayout
-    folder: Path  # of the cache
+    fingerprint: str
 
-    @classmethod
-    def open(cls, path: Path | str, layout: PublishedLayout, *, fingerprint: str) -> "Published":
-        """Return the dataset with the cache folder of its content and layout."""
-        return cls(path, layout, cache_root() / sha256(f"{fingerprint} {layout.model_dump_json()}")[:32])
+    @cached_property
+    def folder(self) -> Path:
+        """The cache folder of this content and layout."""
+        return cache_root() / sha256(f"{self.fingerprint} {self.layout.model_dump_json()}")[:32]
 
     def cached(self, part: Table) -> Path:
-        """Return the folder of a part as Arrow; download it first if it is not cached.
-
-        Raises:
-            DataError: A file cannot be downloaded, or is not the one that was published.
-        """
+        """Return the folder of a part as Arrow; download it first if it is not cached."""
         folder = self.folder / part
         if folder.is_dir():
             return folder
@@ -240,11 +223,7 @@ class Published:
         return np.cumsum([0, *(rows for file in self.layout.images for rows in file.groups)])
 
     def read_group(self, group: int) -> pa.Table:
-        """Return one row group of the images, read at its source.
-
-        Raises:
-            DataError: The row group cannot be read, or is not the one that was published.
-        """
+        """Return one row group of the images, read at its source and verified."""
         file, number = self.groups[group]
         url = join(self.path, file.path)
 
@@ -253,10 +232,9 @@ class Published:
             with system.open(path, "rb", block_size=BLOCK_SIZE, cache_type="readahead") as content:
                 _check_size(url, content.seek(0, os.SEEK_END), file)
                 try:
+                    parquet = pq.ParquetFile(content, page_checksum_verification=True)
                     # Without threads, so that no read outlives this call.
-                    table = pq.ParquetFile(content, page_checksum_verification=True).read_row_group(
-                        number, use_threads=False
-                    )
+                    table = parquet.read_row_group(number, use_threads=False)
                 except (pa.ArrowInvalid, IndexError) as error:
                     raise DataError(f"{url}: row group {number} is damaged ({error}); {ADVICE}") from None
             if len(table) != file.groups[number]:

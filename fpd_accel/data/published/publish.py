@@ -5,6 +5,7 @@
 each file added. The published dataset has the fingerprint of the shards.
 """
 
+import itertools
 import json
 import tempfile
 import uuid
@@ -36,13 +37,7 @@ def publish(
     """Write shards as Parquet into a new folder or below a URL.
 
     A local folder appears complete or not at all; at a URL `dataset.json` is written last, so that an incomplete copy
-    is not a dataset.
-
-    Args:
-        shards: The dataset to publish.
-        output: Folder or URL.
-        images_per_group: Images per row group, which a stream fetches at once.
-        file_size: Size in bytes at which a new file is started.
+    is not a dataset. A stream fetches row groups of `images_per_group` at once; a file ends at `file_size` bytes.
 
     Raises:
         DataError: `output` has a dataset, or cannot be written.
@@ -118,17 +113,17 @@ def _write_file(
     first: pa.Table, others: Iterator[pa.Table], name: str, target: _Target, *, file_size: int
 ) -> PublishedFile:
     """Write one file of `first` and as many of the `others` as fit."""
-    path, counts, digests = target.staging / name, [len(first)], list[str]()
+    path, counts, digests = target.staging / name, list[int](), list[str]()
     is_images = name.startswith("images")
     options: dict[str, Any] = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
     options["compression"] = "NONE" if is_images else "ZSTD"  # JPEG data do not compress further
     with _translate_errors(str(path)), pq.ParquetWriter(path, first.schema, **options) as writer:
-        writer.write_table(first, row_group_size=len(first))
-        digests += [images_digest(first)] if is_images else []
-        while path.stat().st_size < file_size and (table := next(others, None)) is not None:
+        for table in itertools.chain([first], others):
             writer.write_table(table, row_group_size=len(table))
             counts.append(len(table))
             digests += [images_digest(table)] if is_images else []
+            if path.stat().st_size >= file_size:
+                break
     file = PublishedFile(
         path=name, size=path.stat().st_size, sha256=sha256(path), groups=tuple(counts), digests=tuple(digests)
     )

@@ -37,22 +37,15 @@ STALE_FILE = 3600.0  # seconds without a write after which a temporary file is t
 
 
 def open_training(path: str, *, streaming: bool, window: int) -> Shards:
-    """Return a training dataset: local or cached shards, or a stream with windows of `window` row groups.
-
-    Raises:
-        DataError: The dataset cannot be opened, or cannot be streamed.
-    """
+    """Return a training dataset: local or cached shards, or a stream with windows of `window` row groups."""
     return StreamedShards(path, window=window) if streaming else Shards(path)
 
 
 class StreamedShards(Shards):
     """Published shards whose people are cached and whose images are fetched as needed.
 
-    The order of people depends on the row groups and the window, so the fingerprint includes them.
-
-    Args:
-        path: Folder or URL of the published dataset.
-        window: Row groups per window.
+    The order of people depends on the row groups and the window, the number of them that are read together, so the
+    fingerprint includes both.
 
     Raises:
         DataError: The dataset cannot be opened, or is not in Parquet.
@@ -67,22 +60,18 @@ class StreamedShards(Shards):
                 f"{self.path}: not Parquet, so it cannot be streamed; write it with `fpd-accel publish`, or set "
                 "data.streaming=false"
             )
-        self.window = window
-        groups, size = len(self.published.groups), self.published.layout.size("images")
+        self.window, self.source = window, self.published
+        groups, size = len(self.source.groups), self.source.layout.size("images")
         kept = min(1.0, WINDOWS_KEPT * window / groups)
         say(
             f"{self.path}: streaming {size / 1e6:.1f} MB of images in {groups} row groups; about "
-            f"{kept * size / 1e6:.1f} MB of them at a time in {self.published.folder / 'stream'}"
+            f"{kept * size / 1e6:.1f} MB of them at a time in {self.source.folder / 'stream'}"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_members"}
 
     @cached_property
     def images(self) -> Any:
         """The images, fetched when they are read."""
-        assert self.published is not None
-        return StreamedImages(self.published, window=self.window)
+        return StreamedImages(self.source, window=self.window)
 
     def open(self) -> None:
         """Map the files of the people; images are fetched when they are read."""
@@ -96,15 +85,12 @@ class StreamedShards(Shards):
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of people, images, row groups and window."""
-        assert self.published is not None
-        return sha256(f"{super().fingerprint} {self.window} {self.published.starts.tolist()}")
+        return sha256(f"{super().fingerprint} {self.window} {self.source.starts.tolist()}")
 
     @cached_property
     def _members(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Row groups with usable people, and the indices of these people among the usable ones."""
-        assert self.published is not None
-        rows = self.people["image_row"][:][self.usable]
-        groups = np.searchsorted(self.published.starts, rows, side="right") - 1
+        groups = np.searchsorted(self.source.starts, self.image_rows, side="right") - 1
         people = np.argsort(groups, kind="stable").astype(np.int32)
         present, first = np.unique(groups[people], return_index=True)
         return present, np.split(people, first[1:])
@@ -114,9 +100,8 @@ class StreamedShards(Shards):
         (windows, generator), (following, _) = (self._windows(seed, e, source=source) for e in (epoch, epoch + 1))
         present, members = self._members
         self.images.follow([present[window] for window in (*windows, following[0])])
-        return np.concatenate(
-            [generator.permutation(np.concatenate([members[group] for group in window])) for window in windows]
-        )
+        people = (np.concatenate([members[group] for group in window]) for window in windows)
+        return np.concatenate([generator.permutation(own) for own in people])
 
     def _windows(self, seed: int, epoch: int, *, source: int) -> tuple[list[np.ndarray], np.random.Generator]:
         """Return the row groups of each window, as indices into `_members`, and the generator for the next draws."""
@@ -144,16 +129,10 @@ class StreamedImages:
         return int(self.published.starts[-1])
 
     def __getitem__(self, rows: Sequence[int]) -> dict[str, list[Any]]:
-        """Return the columns of images.
-
-        Raises:
-            DataError: A row group cannot be fetched.
-        """
+        """Return the columns of images; raise a DataError if a row group cannot be fetched."""
         groups = np.searchsorted(self.published.starts, rows, side="right") - 1
-        first = self.published.starts[groups]
-        images = [
-            self._open(int(group))[int(row - start)] for row, group, start in zip(rows, groups, first, strict=True)
-        ]
+        numbers = rows - self.published.starts[groups]  # within their row groups
+        images = [self._open(group)[number] for group, number in zip(groups.tolist(), numbers.tolist(), strict=True)]
         return {name: [image[name] for image in images] for name in images[0]}
 
     def follow(self, windows: list[np.ndarray]) -> None:
@@ -173,7 +152,11 @@ class StreamedImages:
                 with suppress(PermissionError):  # the file of another user
                     os.utime(path)  # mark as used: the least recently used files are removed first
             except FileNotFoundError:  # or was removed meanwhile
-                self._fetch(group)
+                try:
+                    self._fetch(group, wait=True)
+                except DataError as error:
+                    hint = "the last checkpoint is intact: the same command resumes from it"
+                    raise DataError(f"{error}; {hint}") from None
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: cannot be opened ({error}); remove it, to fetch it again") from None
             else:
@@ -185,13 +168,7 @@ class StreamedImages:
     def _path(self, group: int) -> Path:
         return self.folder / f"{group:06}.arrow"
 
-    def _fetch(self, group: int) -> None:
-        try:
-            self._fetch_once(group, wait=True)
-        except DataError as error:
-            raise DataError(f"{error}; the last checkpoint is intact: the same command resumes from it") from None
-
-    def _fetch_once(self, group: int, *, wait: bool) -> None:
+    def _fetch(self, group: int, *, wait: bool) -> None:
         """Write a row group unless it exists; without `wait`, skip it while another process writes it."""
         path = self._path(group)
         with translate_disk_errors(self.folder):
@@ -233,4 +210,4 @@ class StreamedImages:
     def _fetch_wanted(self) -> None:
         while self._wanted:
             with suppress(IndexError, DataError):  # the reader of the group tries again and reports the error
-                self._fetch_once(self._wanted.popleft(), wait=False)
+                self._fetch(self._wanted.popleft(), wait=False)

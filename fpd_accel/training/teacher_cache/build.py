@@ -4,16 +4,19 @@ It pays off for a teacher much larger than its student. All ranks build parts si
 not at all, so that a build that was stopped or killed continues with the missing parts, on any number of ranks.
 """
 
+import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -40,11 +43,19 @@ from fpd_accel.models.create import probe_model
 from fpd_accel.outputs import STRIDE
 from fpd_accel.training.supervisor import RunSupervisor
 from fpd_accel.training.teacher import Teacher
-from fpd_accel.training.teacher_cache.key import cache_key
 from fpd_accel.training.teacher_cache.views import AllViewsStream
 from fpd_accel.weights.model_cost import describe_teacher_share
 from fpd_accel.weights.model_folder import ModelConfig
 
+FORMAT = 1
+PACKAGES = ("torch", "numpy", "opencv-python-headless", "simplejpeg")
+"""Libraries whose versions decide on crops, random draws and outputs."""
+CODE = (
+    "data/augment.py", "data/batch.py", "data/images.py", "data/shards.py", "data/stream.py",
+    "data/teacher_targets.py", "geometry.py", "outputs.py", "skeleton.py", "training/teacher.py",
+    "training/teacher_cache/views.py",
+)  # fmt: skip
+"""Files of this package that decide on crops and outputs, beside all of `models/`."""
 PART_BYTES = 64 * 2**20  # approximate size of a part: the work that a killed build loses on each rank
 LINE_SECONDS = 60.0  # between lines of progress
 
@@ -70,11 +81,7 @@ class CacheBuilder:
     batch_size: int  # samples per forward of the teacher on one rank
 
     def open(self, *, student: ModelConfig, samples: int) -> TeacherTargets:
-        """Return the whole cache.
-
-        Args:
-            student: For the estimate of what the cache saves.
-            samples: On which this run is still going to train.
+        """Return the whole cache; estimate what it saves this `student`, which trains on so many more samples.
 
         Raises:
             DataError: It does not fit on the disk, another machine does not see it, or it is damaged.
@@ -100,19 +107,25 @@ class CacheBuilder:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Everything that decides on the content of the cache."""
-        return cache_key(
-            self.data,
-            self.sources,
-            teacher_digest=self.digest,
-            precision=self.precision,
-            fp8=self.teacher.fp8,
-            teacher_stage=self.teacher_stage,
-            dtype=self.options.dtype,
-            seed=self.seed,
-            unbiased=self.unbiased,
-            unlabelled=self.unlabelled is not None,
-        )
+        """Everything that decides on the content of the cache, except for rounding."""
+        return {
+            "format": FORMAT,
+            "teacher_sha256": self.digest,
+            "precision": self.precision,
+            "fp8": self.teacher.fp8,
+            "teacher_stage": self.teacher_stage,
+            "dtype": self.options.dtype,
+            "people_sha256": [shards.fingerprint for shards in self.sources],
+            "usable_sha256": [sha256(shards.usable.astype(np.int64).tobytes()) for shards in self.sources],
+            "unlabelled": self.unlabelled is not None,
+            "seed": self.seed,
+            "augment": self.data.augment.model_dump(mode="json"),
+            "box_padding": self.data.box_padding,
+            "input_size": list(self.data.input_size),
+            "unbiased": self.unbiased,
+            "versions": {name: metadata.version(name) for name in PACKAGES},
+            "code_sha256": code_digest(),
+        }
 
     @property
     def folder(self) -> Path:
@@ -126,37 +139,24 @@ class CacheBuilder:
     def _find(self) -> tuple[TeacherTargets, list[int]]:
         """Return the cache as far as it exists, and its missing parts."""
         found = read_description(self.folder)
-        if found is None:
-            targets = TeacherTargets(self.folder, self._new_layout())
-            return targets, list(range(targets.layout.parts))
-        key, layout = found
+        key, layout = found or (self.key, self._new_layout())
         if key != self.key:
             raise DataError(
                 f"{self.folder / DESCRIPTION}: does not have the key that this folder is named after; it differs in "
                 f"{', '.join(differing(key, self.key))}; remove the folder to build it again"
             )
         targets = TeacherTargets(self.folder, layout)
-        return targets, targets.missing()
+        return targets, targets.missing() if found is not None else list(range(layout.parts))
 
     def _new_layout(self) -> CacheLayout:
         views = self.data.augment.views
         assert views is not None  # checked with the recipe
-        stages = 1
+        stages, joints, input_size = 1, self.config.skeleton.num_keypoints, self.config.input_size
         if self.teacher_stage == "each":
-            joints = self.config.skeleton.num_keypoints
-            probe = probe_model(self.config.arch, joints, self.config.input_size, self.config.arguments)
-            stages = len(probe.outputs)
-        height, width = (side // STRIDE for side in self.config.input_size)
-        layout = CacheLayout(
-            people=tuple(map(len, self.sources)),
-            views=views,
-            shape=(
-                stages,
-                self.config.skeleton.num_keypoints, height, width,
-            ),
-            dtype=self.options.dtype,
-            part_people=1,
-        )  # fmt: skip
+            stages = len(probe_model(self.config.arch, joints, input_size, self.config.arguments).outputs)
+        height, width = (side // STRIDE for side in input_size)
+        people, shape = tuple(map(len, self.sources)), (stages, joints, height, width)
+        layout = CacheLayout(people=people, views=views, shape=shape, dtype=self.options.dtype, part_people=1)
         unit = math.lcm(self.batch_size, views) // views  # people whose views fill whole batches
         units = max(1, round(PART_BYTES / (unit * views * layout.record_bytes)))
         return layout.model_copy(update={"part_people": unit * units})
@@ -174,9 +174,8 @@ class CacheBuilder:
             folder.mkdir(parents=True, exist_ok=True)
             targets.remove_abandoned()
             free = shutil.disk_usage(folder).free
-            what = (
-                f"{layout.views} views x {sum(layout.people)} people x {stages * joints} heatmaps of {height} x {width}"
-            )
+            people = sum(layout.people)
+            what = f"{layout.views} views x {people} people x {stages * joints} heatmaps of {height} x {width}"
             there = f", of which {amount(whole - needed)} are there" if needed < whole else ""
             say(
                 f"teacher cache: {what}, {layout.dtype}: {amount(whole)}{there}; {amount(free)} are free in {folder}; "
@@ -187,7 +186,7 @@ class CacheBuilder:
                     f"teacher.cache: {amount(needed)} more are needed in {folder}, where {amount(free)} are free; make "
                     f"room, set teacher.cache.folder to another disk{_smaller(layout)}"
                 )
-            self._say_gain(student, layout.views, samples / sum(layout.people))
+            self._say_gain(student, layout.views, samples / people)
             if not (folder / DESCRIPTION).exists() and (nearest := nearest_cache(folder.parent, self.key)) is not None:
                 say(f"teacher cache: a new one; {nearest[0]} was built with other {', '.join(nearest[1])}")
             replace_file(
@@ -229,9 +228,7 @@ class CacheBuilder:
         began = last_line = time.monotonic()
         try:
             for done, (turn, part) in enumerate(track(zip(turns, parts, strict=True), "teacher", len(turns)), 1):
-                write = partial(
-                    self._write, targets, part, batches, samples=stream.part_samples, keep=turn < len(missing)
-                )
+                write = partial(self._write, targets, part, batches, stream.part_samples, keep=turn < len(missing))
                 if self.teacher.sharded:  # ranks that gather weights cannot exchange errors meanwhile
                     write()
                 else:
@@ -244,7 +241,7 @@ class CacheBuilder:
         finally:
             close_loader(batches)
 
-    def _write(self, targets: TeacherTargets, part: int, batches: Iterator[Batch], *, samples: int, keep: bool) -> int:
+    def _write(self, targets: TeacherTargets, part: int, batches: Iterator[Batch], samples: int, *, keep: bool) -> int:
         """Run the teacher on one part and, with `keep`, write it; return its number of records."""
         layout = targets.layout
         records = len(layout.records_of(part))
@@ -279,11 +276,7 @@ class CacheBuilder:
         return targets
 
     def _stop_if_asked(self) -> None:
-        """Raise Preempted on all ranks if one of them was asked to stop.
-
-        Raises:
-            Preempted: A rank was asked to stop.
-        """
+        """Raise Preempted on all ranks if one of them was asked to stop."""
         stops = torch.tensor(float(self.supervisor.stop.name is not None), device=self.accelerator.device)
         if self.accelerator.reduce(stops, reduction="sum") > 0:
             asked_by = self.supervisor.stop.name or "on another rank"
@@ -291,6 +284,16 @@ class CacheBuilder:
                 f"{self.folder}: asked to stop ({asked_by}) while the teacher's cache "
                 "was built; what is finished of it is kept; the same command goes on from there"
             )
+
+
+@cache
+def code_digest() -> str:
+    """Return the SHA-256 of the code that decides on crops and outputs; any change of it makes another cache."""
+    package = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in (*(package / name for name in CODE), *sorted((package / "models").glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _smaller(layout: CacheLayout) -> str:

@@ -13,13 +13,7 @@ class AllViewsStream(PoseStream):
     """The records of some parts of a cache, one part after the other, in batches of one size.
 
     Each part takes as many samples as the largest part, so that all ranks run the teacher equally often; samples beyond
-    a part's own records are discarded.
-
-    Args:
-        shards: The people.
-        layout: Of the cache.
-        parts: Numbers of the parts to stream.
-        options: Further arguments of `PoseStream`.
+    a part's own records are discarded. `options` are further arguments of `PoseStream`.
     """
 
     def __init__(self, shards: Mixture, layout: CacheLayout, parts: list[int], **options: Any) -> None:
