@@ -347,6 +347,7 @@ def test_multiply_adds_are_the_published_ones(name: str, published_gmacs: float)
 
 
 @pytest.mark.parametrize("name", ["tiny_w8", "pose_resnet_18", "hourglass_1x16", "vitpose_s", "vitpose_s_simple"])
+@pytest.mark.parity
 def test_flops_of_forward_and_backward_are_those_that_pytorch_counts(name: str) -> None:
     with torch.device("meta"):
         network = create_model(name, 17, input_size=(64, 64)).train()

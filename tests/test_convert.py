@@ -110,6 +110,7 @@ def mmpretrain(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize("name", ["hrnet_w18", "pose_resnet_18", "pose_resnet_50", "hourglass_2x32", "vitpose_s"])
+@pytest.mark.parity
 def test_converting_twice_is_the_identity(name: str, tmp_path: Path) -> None:
     weights = random_model(name, num_keypoints=16).state_dict()
     first = convert(weights)

@@ -574,6 +574,7 @@ def sequence(tiny_shards: Path) -> Batch:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.faults
 def test_samples_and_pixels_are_the_same_for_any_number_of_ranks_and_workers(
     tiny_shards: Path, sequence: Batch, ranks: int, workers: int
 ) -> None:

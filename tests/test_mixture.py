@@ -209,6 +209,7 @@ def mixed_recipe(
     return write
 
 
+@pytest.mark.faults
 def test_a_run_on_a_mixture_resumes_exactly_and_says_what_it_trains_on(
     mixed_recipe: Callable[..., Path], tmp_path: Path, third: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_run_on_a_mixture_resumes_exactly_and_says_what_it_trains_on(
     assert all(torch.equal(value, students[1][key]) for key, value in students[0].items())
 
 
+@pytest.mark.faults
 def test_resuming_on_another_mixture_is_refused(
     mixed_recipe: Callable[..., Path], tiny_shards: Path, tiny_valid: Path, third: Path
 ) -> None:

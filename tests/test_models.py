@@ -225,6 +225,7 @@ def test_input_size_off_the_multiple_is_refused_before_any_computation(name: str
 
 
 @pytest.mark.parametrize("name", ["pose_resnet_18", "tiny_w8", "vitpose_s_simple"])
+@pytest.mark.parity
 def test_models_are_captured_as_one_graph_with_the_same_result(name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, 3, input_size=(64, 64)).eval()

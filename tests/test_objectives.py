@@ -284,6 +284,7 @@ def test_unlabelled_people_have_no_visible_keypoint_although_their_shards_have_s
         assert (batch.visible[batch.labelled == 1].sum(dim=1) > 0).any()
 
 
+@pytest.mark.faults
 def test_a_run_with_unlabelled_people_logs_both_shares_and_resumes_exactly(
     tiny_recipe: Callable[..., Path], teacher_folder: Callable[..., Path], tiny_valid: Path, tmp_path: Path
 ) -> None:

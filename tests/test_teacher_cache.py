@@ -247,6 +247,7 @@ def test_build_that_is_stopped_goes_on_with_the_parts_that_are_missing(
     assert curve(tmp_path / "whole") == curve(tmp_path / "stopped")
 
 
+@pytest.mark.faults
 def test_settings_that_change_heatmaps_make_another_cache_and_the_run_names_them(
     distilling: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +259,7 @@ def test_settings_that_change_heatmaps_make_another_cache_and_the_run_names_them
         assert len(folders(tmp_path)) == number
 
 
+@pytest.mark.faults
 def test_other_code_or_other_usable_people_make_another_cache(
     distilling: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,6 +380,7 @@ def test_a_run_with_a_cache_resumes_mid_epoch_bit_for_bit_and_may_drop_the_cache
         train(tmp_path / "resumed.yaml", "data.augment.views=4", "train.steps=6")
 
 
+@pytest.mark.parity
 def test_every_stage_of_a_teacher_is_cached_where_each_is_compared(
     distilling: Callable[..., Path], tiny_shards: Path, tmp_path: Path
 ) -> None:
